@@ -1,0 +1,142 @@
+"""What the front-end and the ranks say to each other, and the bytes it travels as.
+
+The only thing that server/ and engine/ share. Knows no transport and no tensor.
+"""
+
+from __future__ import annotations
+
+from typing import Union
+
+import msgspec
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
+    """How one sequence is continued. Everything resolved: no defaults of a model or of an API are left open.
+
+    seed decides every random choice of the sequence together with the position alone, so the text does not
+    depend on the batch. top_k = 0, top_p = 1 and min_p = 0 switch the filter off; temperature = 0 is greedy.
+    logprobs: number of alternatives wanted beside the chosen token's own, None for no log-probabilities.
+    prompt_logprobs: the same for the prompt's tokens (echo scoring).
+    Stop strings are not here: the front-end sees the text and aborts.
+    """
+
+    max_tokens: int = 16
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
+    seed: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    return_routed_experts: bool = False
+
+
+# ------------------------------------------------------------------ front-end -> rank
+
+
+class AddRequest(msgspec.Struct, frozen=True, tag="add"):
+    """One sequence to continue. max_tokens 0 with prompt_logprobs scores the prompt and makes no token."""
+
+    request_id: str
+    prompt: list[int]
+    params: SamplingParams
+
+
+class AbortRequest(msgspec.Struct, frozen=True, tag="abort"):
+    """Drop the sequence if it is still there: its pages are free after this step. Not answered."""
+
+    request_id: str
+
+
+class Wake(msgspec.Struct, frozen=True, tag="wake"):
+    """Another replica got work: take part in its steps."""
+
+
+class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
+    """Leave after this step; sent to every replica's leader when nothing is running any more."""
+
+
+ToRank = Union[AddRequest, AbortRequest, Wake, Shutdown]
+
+
+# ------------------------------------------------------------------ rank -> front-end
+
+
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
+    """Natural log-probability of a token under the model's own distribution (before temperature and filters),
+    its rank (1 = most likely) and the most likely alternatives, best first, as (token, logprob)."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    top: list[tuple[int, float]] = []
+
+
+class SequenceOutput(msgspec.Struct, array_like=True):
+    """What one step added to one sequence; finish_reason is None while it goes on.
+
+    finish_reason: "stop" (an end or stop token, which is the last of token_ids), "length" or "error".
+    prompt_logprobs: once, with the first output: one entry a prompt token, the first None.
+    routed_experts: with the last output when asked for: uint8/int16 little-endian bytes of [tokens, L, K]
+    (tokens = prompt + generated - 1: the last token was never an input), width by expert_width (1 or 2).
+    """
+
+    request_id: str
+    token_ids: list[int]
+    finish_reason: str | None = None
+    logprobs: list[TokenLogprob] | None = None
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+    cached_tokens: int = 0
+    routed_experts: bytes | None = None
+    error: str | None = None
+
+
+class EngineStats(msgspec.Struct, frozen=True, array_like=True):
+    """State of one rank's replica after a step, and the counts since the rank's start."""
+
+    step: int
+    running: int
+    waiting: int
+    pages_used: int
+    pages_total: int
+    prompt_tokens: int
+    generated_tokens: int
+    preemptions: int
+    cached_tokens: int
+
+
+class RankReady(msgspec.Struct, frozen=True, tag="ready"):
+    """The rank has its weights and caches. kv_tokens: tokens that its KV cache holds; pid for the supervisor."""
+
+    rank: int
+    pid: int
+    kv_tokens: int
+    max_seq_len: int
+
+
+class StepDone(msgspec.Struct, frozen=True, tag="step"):
+    """A replica's leader after each step that had work; others and idle ranks send it as a heartbeat, empty."""
+
+    rank: int
+    outputs: list[SequenceOutput]
+    stats: EngineStats
+
+
+class RankFailed(msgspec.Struct, frozen=True, tag="failed"):
+    """The rank is about to exit; its traceback."""
+
+    rank: int
+    traceback: str
+
+
+FromRank = Union[RankReady, StepDone, RankFailed]
+
+encode = msgspec.msgpack.Encoder().encode
+decode_to_rank = msgspec.msgpack.Decoder(ToRank).decode
+decode_from_rank = msgspec.msgpack.Decoder(FromRank).decode
