@@ -60,6 +60,7 @@ class ParallelLayout:
             return tuple(range(first + inside % self.etp, first + self.stage_size, self.etp))
         if axis == "pp":
             return tuple(range(inside, self.world_size, self.stage_size))
-        stride, size = {"dp": (self.cp * self.tp, self.dp), "cp": (self.tp, self.cp), "tp": (1, self.tp)}[axis]
+        strides = {"dp": (self.cp * self.tp, self.dp), "cp": (self.tp, self.cp), "tp": (1, self.tp)}
+        stride, size = strides[axis]
         coordinate = inside // stride % size
         return tuple(rank + (i - coordinate) * stride for i in range(size))

@@ -5,8 +5,6 @@ The only thing that server/ and engine/ share. Knows no transport and no tensor.
 
 from __future__ import annotations
 
-from typing import Union
-
 import msgspec
 
 
@@ -62,7 +60,7 @@ class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
     """Leave after this step; sent to every replica's leader when nothing is running any more."""
 
 
-ToRank = Union[AddRequest, AbortRequest, Wake, Shutdown]
+ToRank = AddRequest | AbortRequest | Wake | Shutdown
 
 
 # ------------------------------------------------------------------ rank -> front-end
@@ -112,7 +110,7 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True):
 
 
 class RankReady(msgspec.Struct, frozen=True, tag="ready"):
-    """The rank has its weights and caches. kv_tokens: tokens that its KV cache holds; pid for the supervisor."""
+    """The rank has its weights and caches. kv_tokens: tokens that its KV cache holds."""
 
     rank: int
     pid: int
@@ -121,7 +119,7 @@ class RankReady(msgspec.Struct, frozen=True, tag="ready"):
 
 
 class StepDone(msgspec.Struct, frozen=True, tag="step"):
-    """A replica's leader after each step that had work; others and idle ranks send it as a heartbeat, empty."""
+    """From a replica's leader after each step that had work; from others and idle ranks as a heartbeat."""
 
     rank: int
     outputs: list[SequenceOutput]
@@ -129,13 +127,14 @@ class StepDone(msgspec.Struct, frozen=True, tag="step"):
 
 
 class RankFailed(msgspec.Struct, frozen=True, tag="failed"):
-    """The rank is about to exit; its traceback."""
+    """The rank is about to exit. time: seconds since the epoch when it failed: the earliest is the cause."""
 
     rank: int
+    time: float
     traceback: str
 
 
-FromRank = Union[RankReady, StepDone, RankFailed]
+FromRank = RankReady | StepDone | RankFailed
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_rank = msgspec.msgpack.Decoder(ToRank).decode
