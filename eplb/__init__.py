@@ -1,0 +1,1 @@
+"""The expert load balancer: numpy in, placements out. Never imports torch."""

@@ -1,0 +1,1 @@
+"""Files of expert loads and placements, ours and other engines', one file a format."""
