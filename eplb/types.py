@@ -87,9 +87,9 @@ class Placement:
 
     def __post_init__(self) -> None:
         given = _integers(self.slot_to_expert, "slot_to_expert")
-        if given.ndim != 2 or slots.shape[0] < 1:
+        if given.ndim != 2 or given.shape[0] < 1:
             raise ValueError(
-                f"slot_to_expert has shape {slots.shape}, expected [layers, slots] with a layer at least"
+                f"slot_to_expert has shape {given.shape}, expected [layers, slots] with a layer at least"
             )
         if self.num_experts < 1:
             raise ValueError(f"num_experts = {self.num_experts}: at least 1 expert is needed")
@@ -197,8 +197,8 @@ class RoutingTable:
     """What one source rank uses to pick a slot: token t of a step takes column (t + rotation) % C.
 
     slots [L, E, C] int16. With shares s the replica i of an expert stands in n_i columns, with
-    |n_i / C - s_i| < 1 / C (the worst over- and under-shoot of one table); the rounding differs by source rank,
-    so that the mean over the source ranks comes nearer to s_i.
+    |n_i / C - s_i| < 1 / C (the worst over- and under-shoot of one table); the rounding differs by source
+    rank, so that the mean over the source ranks comes nearer to s_i.
     """
 
     slots: npt.NDArray[np.int16]

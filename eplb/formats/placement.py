@@ -56,8 +56,8 @@ def read_placement(
     """The placement of the file, checked; what is given must equal what the file says.
 
     Raises ValueError "FILE: what is wrong": broken JSON, an unknown version, lists of a wrong length, ids out
-    of range, an expert without a slot, slots not divisible by ep_size, shares that do not add up, a digest that
-    does not fit, or a placement made for another EP size, model, expert count or set of layers.
+    of range, an expert without a slot, slots not divisible by ep_size, shares that do not add up, a digest
+    that does not fit, or a placement made for another EP size, model, expert count or set of layers.
     """
     path = Path(path)
 
