@@ -1,0 +1,134 @@
+"""A rank's groups, one for each axis of the layout, and the start and end of the job's process group."""
+
+from __future__ import annotations
+
+import fcntl
+import ipaddress
+import logging
+import os
+import socket
+import struct
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from moeserve.comm.group import Group
+from moeserve.comm.layout import ParallelLayout
+from moeserve.comm.wire import GlooWire, NcclWire, Wire
+
+logger = logging.getLogger(__name__)
+
+AXES = ("world", "stage", "pp", "dp", "cp", "tp", "ep", "etp")
+BACKENDS = {"gloo": "cpu:gloo", "nccl": "cpu:gloo,cuda:nccl"}
+
+
+def start(
+    rank: int, world_size: int, address: str, port: int, backend: str = "gloo", timeout: float = 60.0
+) -> None:
+    """Joins this process to the job; returns once all `world_size` processes did.
+
+    address, port: where rank 0 listens (the same on all ranks). backend: "gloo" for CPU tensors alone,
+    "nccl" for GPU tensors too (set the CUDA device first). timeout: seconds that the start, and later any one
+    operation on the host network, waits for the others before it raises. GLOO_SOCKET_IFNAME and
+    NCCL_SOCKET_IFNAME are set to the interface on the way to `address` where they are unset.
+
+    Raises ValueError for an unknown backend or rank, RuntimeError when the others do not come in time.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend = {backend!r}: must be one of {', '.join(BACKENDS)}")
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank = {rank}: must be at least 0 and below world_size = {world_size}")
+    if world_size == 1:
+        return
+    name = interface_to(address)
+    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        if name is not None and not os.environ.get(variable):
+            os.environ[variable] = name
+            logger.info("%s set to %s, the interface on the way to %s", variable, name, address)
+    dist.init_process_group(
+        BACKENDS[backend],
+        init_method=f"tcp://{address}:{port}",
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=timeout),
+    )
+
+
+def stop() -> None:
+    """Leaves the job. Harmless when start did nothing or failed."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+class Mesh:
+    """The groups that a rank belongs to: pp, dp, cp, tp, ep, etp, stage and world.
+
+    Every rank makes the same meshes in the same order, after start. Groups of one need no process group; over
+    NCCL, groups with the same ranks share one communicator.
+
+    Raises ValueError when the layout does not have as many ranks as the job.
+    """
+
+    def __init__(self, layout: ParallelLayout, rank: int) -> None:
+        joined = dist.get_world_size() if dist.is_initialized() else 1
+        if layout.world_size != joined:
+            raise ValueError(f"layout has {layout.world_size} ranks, the job has {joined}: {layout}")
+        self.layout = layout
+        self.rank = rank
+        nccl = _nccl_groups(layout)
+        groups = [
+            _make_group(layout.group_ranks(axis, rank), rank, tag, nccl) for tag, axis in enumerate(AXES)
+        ]
+        self.world, self.stage, self.pp, self.dp, self.cp, self.tp, self.ep, self.etp = groups
+
+
+def _make_group(
+    ranks: tuple[int, ...], rank: int, tag: int, nccl: dict[tuple[int, ...], dist.ProcessGroup]
+) -> Group:
+    me = ranks.index(rank)
+    if len(ranks) == 1:
+        return Group(me, ranks, None, {})
+    gloo = GlooWire(dist.group.WORLD._get_backend(torch.device("cpu")), ranks, me, tag)  # type: ignore[union-attr]
+    wires: dict[str, Wire] = {"cpu": gloo}
+    if ranks in nccl:
+        wires["cuda"] = NcclWire(nccl[ranks])
+    return Group(me, ranks, gloo, wires)
+
+
+def _nccl_groups(layout: ParallelLayout) -> dict[tuple[int, ...], dist.ProcessGroup]:
+    """One process group for each set of ranks that some axis joins, made in the same order on every rank."""
+    if not dist.is_initialized() or "nccl" not in dist.get_backend_config():
+        return {}
+    everyone = range(layout.world_size)
+    sets = dict.fromkeys(layout.group_ranks(axis, rank) for axis in AXES for rank in everyone)
+    groups = {}
+    for ranks in sets:
+        if len(ranks) > 1:
+            groups[ranks] = dist.new_group(list(ranks), backend="nccl")
+    return groups
+
+
+def interface_to(address: str) -> str | None:
+    """Name of the network interface whose IPv4 address this host uses to reach `address`; None if unknown."""
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((address, 9))  # sends nothing: asks the kernel for the route
+            own = probe.getsockname()[0]
+            if ipaddress.ip_address(own).is_loopback:
+                return "lo"
+            for _, name in socket.if_nameindex():
+                if _address_of(probe, name) == own:
+                    return name
+    except OSError as error:
+        logger.warning("no IPv4 route to %s: %s", address, error)
+    return None
+
+
+def _address_of(probe: socket.socket, interface: str) -> str | None:
+    get_address = 0x8915  # SIOCGIFADDR, Linux
+    request = struct.pack("256s", interface.encode()[:15])
+    try:
+        return socket.inet_ntoa(fcntl.ioctl(probe.fileno(), get_address, request)[20:24])
+    except OSError:  # the interface has no IPv4 address
+        return None
