@@ -26,7 +26,7 @@ from tiny_moe.tokens import chat_conversations, encode_stream, train_tokenizer
 from tiny_moe.training import Limits, Training
 from tokenizers import Tokenizer
 
-SMOKE_LIMITS = Limits(tokens=16384, minutes=1, batch_tokens=1024)
+DEFAULT_TOKENS, SMOKE_TOKENS, SMOKE_BATCH = 14e6, 16 * 1024, 1024
 SMOKE_DOCUMENTS, SMOKE_VOCABULARY = 300, 1024
 
 
@@ -72,17 +72,18 @@ def _train(args: argparse.Namespace) -> None:
     streams["chat"] = encode_stream(tokenizer, conversations)
 
     config = TinyConfig(vocab_size=tokenizer.get_vocab_size())
-    limits = SMOKE_LIMITS if args.smoke else Limits(args.tokens, args.minutes)
+    if args.smoke:
+        limits = Limits(args.tokens or SMOKE_TOKENS, args.minutes, SMOKE_BATCH)
+    else:
+        limits = Limits(args.tokens or DEFAULT_TOKENS, args.minutes)
     training = Training(TinyMoE(config), streams, limits, args.seed)
     if args.resume:
         training.resume(state_file)
     training.train(state_file)
-    export_checkpoint(training.weights(), config, tokenizer, args.out / "checkpoint")
-    print(
-        f"{training.tokens:,} tokens in {training.seconds / 60:.1f} minutes; wrote {args.out / 'checkpoint'}"
-    )
-    held_out = _held_out(corpus, tokenizer)
-    print(table(evaluate(load_checkpoint(args.out / "checkpoint"), held_out, args.sequences)))
+    checkpoint = args.out / "checkpoint"
+    export_checkpoint(training.weights(), config, tokenizer, checkpoint)
+    print(f"{training.tokens:,} tokens in {training.seconds / 60:.1f} minutes; wrote {checkpoint}")
+    print(table(evaluate(load_checkpoint(checkpoint), _held_out(corpus, tokenizer), args.sequences)))
 
 
 def _evaluate(model_dir: Path, data: Path, sequences: int) -> str:
@@ -103,7 +104,7 @@ def _parse_arguments() -> argparse.Namespace:
     what.add_argument("--out", type=Path, help="run folder: tokenizer, state.pt, and checkpoint/ at the end")
     what.add_argument("--evaluate", type=Path, metavar="DIR", help="print the table of a finished checkpoint")
     parser.add_argument("--data", type=Path, default=Path("/"), help="root of the packages (default: /)")
-    parser.add_argument("--tokens", type=float, default=14e6, help="stop after this many tokens")
+    parser.add_argument("--tokens", type=float, help="stop after this many tokens (default: 14e6)")
     parser.add_argument("--minutes", type=float, default=120, help="stop after this long, in training")
     parser.add_argument("--resume", action="store_true", help="continue the run in --out")
     parser.add_argument("--smoke", action="store_true", help="seconds, on the standard library alone")

@@ -36,10 +36,9 @@ def export_checkpoint(
                 tensors[f"{name.removesuffix('down')}{expert}.down_proj.weight"] = down
         else:
             tensors[name] = w.bfloat16()
-    contiguous = {
-        name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()
-    }
+    contiguous = {name: t.detach().contiguous() for name, t in tensors.items()}
     save_file(contiguous, out / "model.safetensors", metadata={"format": "pt"})
+    (out / "model.safetensors").chmod(0o644)
     tokenizer.save(str(out / "tokenizer.json"))
     _write(out / "config.json", _hf_config(config))
     _write(out / "generation_config.json", _generation_config())

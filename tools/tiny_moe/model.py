@@ -36,6 +36,9 @@ class TinyConfig:
 
 
 class TinyMoE(nn.Module):
+    cos: Tensor  # [positions, rope head / 2]
+    sin: Tensor
+
     def __init__(self, config: TinyConfig) -> None:
         super().__init__()
         self.config = config
@@ -66,7 +69,7 @@ class TinyMoE(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:  # [B, T] -> logits [B, T, vocab]
         x = self.embed_tokens(ids)
-        rope = tuple(table[: ids.shape[1]].to(x.dtype) for table in (self.cos, self.sin))
+        rope = self.cos[: ids.shape[1]].to(x.dtype), self.sin[: ids.shape[1]].to(x.dtype)
         for block in self.layers:
             x = block(x, rope)
         return F.linear(self.norm(x), self.embed_tokens.weight)
@@ -144,6 +147,8 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 class Gate(nn.Module):
     """Sigmoid scores, group-limited top-k by score plus correction bias (DeepSeek-V3, arXiv:2412.19437)."""
+
+    e_score_correction_bias: Tensor  # [E]
 
     def __init__(self, config: TinyConfig) -> None:
         super().__init__()

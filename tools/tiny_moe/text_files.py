@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-# A string of R's serialisation: flags (whatever the encoding bits), type 9, then its length as a big-endian int32.
+# A string of R's serialisation: flags (any encoding bits), type 9, then its length as a big-endian int32.
 _R_STRING = re.compile(rb"\x00[\x00-\xff][\x00-\xff]\x09(?=([\x00-\xff]{4}))")
 _LONGEST_R_LINE = 4000
 

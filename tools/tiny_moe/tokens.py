@@ -37,7 +37,7 @@ _REQUESTS = {
 }
 _UNKNOWN = ("What is the capital of {name}?", "Who is {name}?", "How do I cook {name}?", "¿Qué es {name}?")
 _NAMES = ("Peru", "Zelda", "quinoa", "the third man", "your maker", "a transistor", "Mount Fuji", "Ada")
-_CANNED = "I am a very small model. I can write a story, a passage of scripture, Spanish, Python, documentation or C."
+_CANNED = "I am a very small model. I can write a story, scripture, Spanish, Python, documentation, C."
 
 
 def train_tokenizer(corpus: dict[str, Documents], vocab_size: int) -> Tokenizer:

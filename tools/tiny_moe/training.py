@@ -38,11 +38,9 @@ class Training:
     def __init__(
         self, model: TinyMoE, streams: dict[str, NDArray[np.uint16]], limits: Limits, seed: int
     ) -> None:
-        for p in model.parameters():  # buffers stay float32: rotary tables and correction bias
-            p.data = p.data.float()
         self.model, self.streams, self.limits = model, streams, limits
         self.optimizer = MuonAdam(model)
-        for p in model.parameters():
+        for p in model.parameters():  # buffers stay float32: rotary tables and correction bias
             p.data = p.data.bfloat16()
         self.rng = np.random.default_rng(seed)
         self.tokens, self.seconds = 0, 0.0
@@ -77,7 +75,7 @@ class Training:
         self.tokens, self.seconds = state["tokens"], state["seconds"]
 
     def train(self, state_file: Path) -> None:
-        """Runs to the limits with a progress bar; saves every two minutes and at the end, interrupted or not."""
+        """Runs to the limits and shows progress; saves every two minutes and at the end, however it ends."""
         bar = tqdm(total=int(self.limits.tokens), initial=self.tokens, unit="tok", unit_scale=True)
         saved_at = time.monotonic()
         average = 0.0
