@@ -5,6 +5,7 @@ Speaks of ranks, rows and slots only; slot // slots_per_rank is a rank of the ex
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -49,8 +50,18 @@ class TokenDispatcher(Protocol):
     Every rank of the group calls dispatch and combine in the same order, with zero tokens too.
     """
 
+    def begin_step(self, rows_per_rank: Sequence[int]) -> None:
+        """Rows that each rank of the group, in its order, gives to each dispatch until the next begin_step.
+
+        Called on every rank before the first dispatch of a step. Only `gather` needs the numbers.
+        """
+        ...
+
     def dispatch(self, x: Tensor, slots: Tensor, weights: Tensor) -> Pending[Dispatched]:
-        """x [T, H]; slots int64 [T, K], -1 sends nothing; weights float32 [T, K]."""
+        """x [T, H]; slots int64 [T, K], -1 sends nothing; weights float32 [T, K].
+
+        The same H, K and dtype on every rank, with zero tokens too. x may be reused once wait returned.
+        """
         ...
 
     def combine(self, y: Tensor, dispatched: Dispatched) -> Pending[Tensor]:
