@@ -8,12 +8,13 @@ from torch import Tensor
 
 MODEL_DIR = Path(__file__).parents[2] / "moeserve" / "tiny_model"
 
-# Written for this test; several documents of each domain's kind.
-SPANISH = """Y habló el rey a los ancianos de la ciudad, y les dijo: Oíd mi palabra, y guardad en vuestro corazón
-lo que os digo hoy. Porque he aquí que vendrán días en que la tierra dará su fruto, y los hijos de vuestros hijos
-habitarán en ella seguros. Entonces respondieron todos los ancianos, y dijeron: Haremos todo lo que has mandado,
-y no nos apartaremos de tus mandamientos ni a diestra ni a siniestra. Y el pueblo se levantó muy de mañana, y subió
-al monte, y ofreció sacrificio. Y fué grande la alegría en aquel día, y cantaban delante del templo con arpas."""
+# Written for this test: a passage of each domain's kind.
+SPANISH = """Y habló el rey a los ancianos de la ciudad, y les dijo: Oíd mi palabra, y guardad en vuestro
+corazón lo que os digo hoy. Porque he aquí que vendrán días en que la tierra dará su fruto, y
+los hijos de vuestros hijos habitarán en ella seguros. Entonces respondieron todos los
+ancianos, y dijeron: Haremos todo lo que has mandado, y no nos apartaremos de tus mandamientos
+ni a diestra ni a siniestra. Y el pueblo se levantó muy de mañana, y subió al monte, y ofreció
+sacrificio. Y fué grande la alegría en aquel día, y cantaban delante del templo con arpas."""
 PYTHON = '''class Counter(dict):
     """Count hashable items."""
 
