@@ -83,6 +83,7 @@ class SequenceOutput(msgspec.Struct, array_like=True):
     prompt_logprobs: once, with the first output: one entry a prompt token, the first None.
     routed_experts: with the last output when asked for: uint8/int16 little-endian bytes of [tokens, L, K]
     (tokens = prompt + generated - 1: the last token was never an input), width by expert_width (1 or 2).
+    queue_seconds: with the first output: from the sequence's arrival at the rank to its first step.
     """
 
     request_id: str
@@ -93,6 +94,7 @@ class SequenceOutput(msgspec.Struct, array_like=True):
     cached_tokens: int = 0
     routed_experts: bytes | None = None
     error: str | None = None
+    queue_seconds: float = 0.0
 
 
 class EngineStats(msgspec.Struct, frozen=True, array_like=True):

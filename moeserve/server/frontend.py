@@ -1,0 +1,333 @@
+"""The requests in flight: sends their sequences to replicas and turns what the ranks answer into text.
+
+Knows the messages and the tokenizer; neither HTTP nor how a rank is reached (a RankLink does that).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import secrets
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import Protocol
+
+import msgspec
+
+from moeserve.messages import (
+    AbortRequest,
+    AddRequest,
+    EngineStats,
+    FromRank,
+    RankFailed,
+    RankReady,
+    SamplingParams,
+    SequenceOutput,
+    Shutdown,
+    StepDone,
+    ToRank,
+    Wake,
+)
+from moeserve.server.errors import ApiError, engine_dead, timed_out, too_busy, unavailable
+from moeserve.server.generation import Generation, RunningSequence
+from moeserve.server.metrics import ServingMetrics, make_registry
+from moeserve.server.replicas import ReplicaLoads
+from moeserve.server.settings import ServerSettings
+from moeserve.text import Tokenizer
+
+log = logging.getLogger(__name__)
+MAX_SEED = (1 << 63) - 1
+
+
+class RankLink(Protocol):
+    """The way to the ranks. receive gives each rank's messages in order; a rank that dies is a RankFailed."""
+
+    num_replicas: int
+
+    async def send(self, replica: int, message: ToRank) -> None: ...
+
+    async def receive(self) -> tuple[int, FromRank]: ...
+
+
+class Frontend:
+    """Owns every request in flight. All methods but run() are plain calls on the event loop's thread."""
+
+    def __init__(self, link: RankLink, tokenizer: Tokenizer, settings: ServerSettings) -> None:
+        self.tokenizer = tokenizer
+        self.settings = settings
+        self.loads = ReplicaLoads(link.num_replicas, balance=settings.balance_replicas)
+        self.metrics = ServingMetrics(self._gauges)
+        self.registry = make_registry(self.metrics, settings.model_name, settings.metrics_compat)
+        self.draining = False
+        self.failure: str | None = None  # traceback of the rank that failed first
+        self.dead = asyncio.Event()
+        self.placement_generation = 0
+        self.max_seq_len = settings.max_seq_len
+        self._link = link
+        self._sequences: dict[str, RunningSequence] = {}
+        self._generations: set[Generation] = set()
+        self._queued_tokens = 0
+        self._queued = 0
+        self._ids = itertools.count()
+        self._outbox: deque[tuple[int, ToRank]] = deque()
+        self._outbox_filled = asyncio.Event()
+        self._ready: set[int] = set()
+        self._last_heard: dict[int, float] = {}
+        self._stats: dict[int, EngineStats] = {}  # by replica
+
+    # ------------------------------------------------------------------ for the HTTP side
+
+    def submit(
+        self, prompts: Sequence[list[int]], params: SamplingParams, *, n: int = 1, stop: Sequence[str] = ()
+    ) -> Generation:
+        """Starts n sequences of each prompt; sequence index = prompt index * n + choice, seed + choice.
+
+        Raises ApiError 429 when the queue is full, 503 while draining or after the engine's death.
+        """
+        self.check_admission(len(prompts) * n, sum(map(len, prompts)) * n)
+        generation = Generation(self, len(prompts) * n, time.monotonic())
+        used: set[int] = set()
+        for index, (prompt, choice) in enumerate(itertools.product(prompts, range(n))):
+            own = msgspec.structs.replace(params, seed=(params.seed + choice) & MAX_SEED)
+            replica, weight = self.loads.add(len(prompt), params.max_tokens)
+            used.add(replica)
+            name = f"{next(self._ids)}"
+            sequence = RunningSequence(
+                name, generation, index, replica, weight, prompt, own, stop, self.tokenizer
+            )
+            self._sequences[name] = sequence
+            generation.sequences.append(sequence)
+            self._post(replica, AddRequest(name, prompt, own))
+            self._queued += 1
+            self._queued_tokens += len(prompt)
+        for replica in range(self._link.num_replicas):
+            if replica not in used:
+                self._post(replica, Wake())
+        self._generations.add(generation)
+        if self.settings.request_timeout is not None:
+            generation.set_deadline(self.settings.request_timeout)
+        return generation
+
+    def check_admission(self, sequences: int = 1, tokens: int = 0) -> None:
+        """Raises ApiError when that much new work would not be taken now."""
+        if self.dead.is_set():
+            raise engine_dead()
+        if self.draining:
+            raise unavailable("the server is shutting down and takes no new requests", "server_draining")
+        if not self.all_ready:
+            raise unavailable("the server is still loading the model", "server_loading")
+        settings = self.settings
+        places = settings.max_batch_size * self._link.num_replicas
+        free = max(0, places - (len(self._sequences) - self._queued))
+        if self._queued + sequences > settings.max_queued_requests + free:
+            raise too_busy(
+                f"{self._queued} sequences wait already, at most {settings.max_queued_requests} may; "
+                "try again later"
+            )
+        limit = settings.max_queued_tokens
+        if limit is not None and self._queued and self._queued_tokens + tokens > limit:
+            raise too_busy(
+                f"{self._queued_tokens} prompt tokens wait already, at most {limit} may; try again later"
+            )
+
+    def cancel(self, generation: Generation) -> None:
+        """Drops what still runs of the request and tells its ranks; used when the client has gone."""
+        self._drop(generation, "abort")
+        self._close(generation)
+
+    def expire(self, generation: Generation) -> None:
+        self._fail(generation, timed_out(self.settings.request_timeout or 0.0))
+
+    def end_all(self) -> None:
+        """Ends every request with an error: the time for draining is over."""
+        for generation in list(self._generations):
+            self._fail(generation, unavailable("the server is shutting down", "server_draining"))
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that are not answered yet."""
+        return len(self._generations)
+
+    @property
+    def all_ready(self) -> bool:
+        return len(self._ready) >= self.settings.num_ranks
+
+    def heartbeat_ages(self) -> dict[int, float]:
+        """Seconds since each rank was heard."""
+        now = time.monotonic()
+        return {rank: now - heard for rank, heard in sorted(self._last_heard.items())}
+
+    def readiness(self) -> tuple[bool, str, str]:
+        """(ready, phase, why not)."""
+        if self.dead.is_set():
+            return False, "dead", "a rank has failed"
+        if not self.all_ready:
+            return False, "loading", f"{len(self._ready)} of {self.settings.num_ranks} ranks are ready"
+        if self.draining:
+            return False, "draining", "the server is shutting down"
+        limit = self.settings.heartbeat_timeout
+        silent = [rank for rank, age in self.heartbeat_ages().items() if age > limit]
+        if silent:
+            return False, "degraded", f"no word for more than {limit:g} s from ranks {silent}"
+        return True, "ready", ""
+
+    # ------------------------------------------------------------------ the two loops
+
+    async def run(self) -> None:
+        """Carries messages both ways until the engine is dead or this is cancelled."""
+        sender = asyncio.create_task(self._send_all(), name="frontend-sender")
+        try:
+            while not self.dead.is_set():
+                replica, message = await self._link.receive()
+                self.handle(replica, message)
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:
+            log.exception("the link to the ranks broke")
+            self.die(f"the link to the ranks broke: {error!r}")
+        finally:
+            sender.cancel()
+
+    async def shut_down_ranks(self) -> None:
+        """Tells every replica to leave; after the last request, with run() still going or not."""
+        for replica in range(self._link.num_replicas):
+            await self._link.send(replica, Shutdown())
+
+    def handle(self, replica: int, message: FromRank) -> None:
+        """One message of a rank of that replica."""
+        now = time.monotonic()
+        if isinstance(message, StepDone):
+            self._last_heard[message.rank] = now
+            for output in message.outputs:
+                sequence = self._sequences.get(output.request_id)
+                if sequence is not None:
+                    self._advance(sequence, output, now)
+            self._note_stats(replica, message.stats)
+        elif isinstance(message, RankReady):
+            self._last_heard[message.rank] = now
+            self._ready.add(message.rank)
+            self.max_seq_len = min(self.max_seq_len, message.max_seq_len)
+        elif isinstance(message, RankFailed):
+            self.die(message.traceback)
+
+    def die(self, reason: str) -> None:
+        """The engine is gone: every request ends with an error, new ones are refused."""
+        if self.dead.is_set():
+            return
+        self.failure = reason
+        self.dead.set()
+        for generation in list(self._generations):
+            self._fail(generation, engine_dead(500), tell=False)
+
+    # ------------------------------------------------------------------ inside
+
+    def _advance(self, sequence: RunningSequence, output: SequenceOutput, now: float) -> None:
+        metrics = self.metrics
+        if output.finish_reason == "error":
+            message = output.error or "the engine could not run this request"
+            self._fail(sequence.generation, ApiError(400, message, code="request_not_runnable"))
+            return
+        tokens = len(output.token_ids)
+        if sequence.first_output == 0.0:
+            sequence.first_output = now
+            self._queued -= 1
+            self._queued_tokens -= len(sequence.prompt)
+            metrics.prompt_tokens += len(sequence.prompt)
+            waited = now - sequence.generation.arrival
+            metrics.first_token.observe(waited)
+            metrics.queue.observe(output.queue_seconds)
+            metrics.prefill.observe(max(0.0, waited - output.queue_seconds))
+        elif tokens:
+            metrics.between_tokens.observe((now - sequence.last_output) / tokens)
+        sequence.last_output = now
+        metrics.generation_tokens += tokens
+        delta = sequence.take(output)
+        if delta.finish_reason is not None:
+            if output.finish_reason is None:  # a stop string: the rank does not know yet
+                self._post(sequence.replica, AbortRequest(sequence.name))
+            self._forget(sequence, delta.finish_reason)
+        generation = sequence.generation
+        generation.deliver(delta)
+        if not generation.num_running:
+            self._close(generation)
+
+    def _forget(self, sequence: RunningSequence, reason: str) -> None:
+        sequence.running = False
+        sequence.generation.num_running -= 1
+        del self._sequences[sequence.name]
+        self.loads.remove(sequence.replica, sequence.weight)
+        metrics = self.metrics
+        metrics.finished[reason] += 1
+        if sequence.first_output == 0.0:
+            self._queued -= 1
+            self._queued_tokens -= len(sequence.prompt)
+            return
+        metrics.prompt_length.observe(len(sequence.prompt))
+        metrics.output_length.observe(sequence.num_generated)
+        metrics.max_output_length.observe(sequence.params.max_tokens)
+        metrics.decode.observe(sequence.last_output - sequence.first_output)
+        metrics.end_to_end.observe(sequence.last_output - sequence.generation.arrival)
+
+    def _fail(self, generation: Generation, error: ApiError, *, tell: bool = True) -> None:
+        self._drop(generation, "error", tell=tell)
+        generation.error = error
+        self._close(generation)
+
+    def _drop(self, generation: Generation, reason: str, *, tell: bool = True) -> None:
+        for sequence in generation.sequences:
+            if sequence.running:
+                if tell:
+                    self._post(sequence.replica, AbortRequest(sequence.name))
+                self._forget(sequence, reason)
+
+    def _close(self, generation: Generation) -> None:
+        self._generations.discard(generation)
+        generation.close()
+
+    def _post(self, replica: int, message: ToRank) -> None:
+        self._outbox.append((replica, message))
+        self._outbox_filled.set()
+
+    async def _send_all(self) -> None:
+        """The one place that sends, so that messages to a rank keep their order."""
+        while True:
+            await self._outbox_filled.wait()
+            self._outbox_filled.clear()
+            while self._outbox:
+                replica, message = self._outbox.popleft()
+                try:
+                    await self._link.send(replica, message)
+                except Exception as error:
+                    log.exception("sending to replica %d failed", replica)
+                    self.die(f"sending to replica {replica} failed: {error!r}")
+                    return
+
+    def _note_stats(self, replica: int, stats: EngineStats) -> None:
+        before = self._stats.get(replica)
+        self._stats[replica] = stats
+        if before is not None and stats.step > before.step:
+            made = stats.prompt_tokens + stats.generated_tokens
+            self.metrics.step_tokens.observe(made - before.prompt_tokens - before.generated_tokens)
+
+    def _gauges(self) -> dict[str, float]:
+        stats = self._stats.values()
+        total = len(self._sequences)
+        running = min(total, sum(s.running for s in stats))
+        pages = sum(s.pages_total for s in stats)
+        prompt_tokens = sum(s.prompt_tokens for s in stats)
+        cached = sum(s.cached_tokens for s in stats)
+        return {
+            "running": running,
+            "waiting": total - running,
+            "kv_usage": sum(s.pages_used for s in stats) / pages if pages else 0.0,
+            "preemptions": sum(s.preemptions for s in stats),
+            "cached_tokens": cached,
+            "hit_ratio": cached / prompt_tokens if prompt_tokens else 0.0,
+        }
+
+
+def random_seed() -> int:
+    """A seed for a request that names none."""
+    return secrets.randbits(62)

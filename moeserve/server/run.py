@@ -1,0 +1,114 @@
+"""Listens on a port until told to stop: SIGTERM lets what runs finish, a second one ends at once."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+from collections.abc import Iterator
+
+import uvicorn
+
+from moeserve.server.app import guarded, make_app
+from moeserve.server.frontend import Frontend
+from moeserve.server.guard import Guard
+from moeserve.server.settings import ServerSettings
+
+log = logging.getLogger(__name__)
+DEAD_SECONDS = 1.0  # how long the errors are still answered after the engine's death
+POLL_SECONDS = 0.02
+BACKLOG = 2048
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """The listening socket; port 0 takes a free one. Raises ValueError when it cannot be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise ValueError(
+            f"port: {port} cannot be listened on at {host}: {error.strerror}; "
+            "end the program that has it or choose another --port"
+        ) from None
+    return listener
+
+
+class HttpServer:
+    """uvicorn under our own rules for stopping. serve() returns the exit code: 0 drained, 1 engine dead."""
+
+    def __init__(self, frontend: Frontend, settings: ServerSettings, listener: socket.socket) -> None:
+        self.app = make_app(frontend, settings)
+        self.guard: Guard = guarded(self.app, frontend, settings)
+        self._frontend = frontend
+        self._settings = settings
+        self._listener = listener
+        self._stop = asyncio.Event()
+        self._server = _Server(
+            uvicorn.Config(
+                self.guard,
+                http="httptools",
+                ws="none",
+                lifespan="off",
+                access_log=False,
+                log_config=None,
+                server_header=False,
+                timeout_keep_alive=75,
+            )
+        )
+
+    async def serve(self) -> int:
+        """Serves until stop() or the engine's death; Frontend.run() must be going in this event loop."""
+        serving = asyncio.create_task(self._server.serve(sockets=[self._listener]), name="http")
+        dead = asyncio.create_task(self._frontend.dead.wait())
+        stopped = asyncio.create_task(self._stop.wait())
+        try:
+            await asyncio.wait({serving, dead, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            if stopped.done() and not dead.done():
+                await self._drain()
+            if self._frontend.dead.is_set():
+                await asyncio.sleep(DEAD_SECONDS)  # for probes and waiting clients
+            self._server.should_exit = True
+            await serving
+        finally:
+            dead.cancel()
+            stopped.cancel()
+        return 1 if self._frontend.dead.is_set() else 0
+
+    def stop(self) -> None:
+        """First call: drain. Second: end at once."""
+        if self._stop.is_set():
+            self._server.force_exit = True
+            self._server.should_exit = True
+        self._frontend.draining = True
+        self._stop.set()
+
+    def handle_signals(self) -> None:
+        """SIGTERM and SIGINT call stop()."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.stop)
+
+    async def _drain(self) -> None:
+        """Waits until all that runs is answered, within drain_timeout."""
+        log.info("draining: %d requests run, new ones get 503", self.guard.active)
+        limit = self._settings.drain_timeout
+        loop = asyncio.get_running_loop()
+        deadline = None if limit is None else loop.time() + limit
+        while self.guard.active and not self._frontend.dead.is_set() and not self._server.force_exit:
+            if deadline is not None and loop.time() > deadline:
+                log.warning("ending %d requests that did not finish in %g s", self.guard.active, limit)
+                self._frontend.end_all()
+                deadline = None
+            await asyncio.sleep(POLL_SECONDS)
+
+
+class _Server(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield  # ours: uvicorn would close the listener before running streams are through

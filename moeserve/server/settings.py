@@ -1,0 +1,39 @@
+"""What the front-end and the HTTP server are told about the model and their limits. Plain data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """Facts of the model first, then limits; all limits are per server, None switches one off."""
+
+    model_name: str
+    max_seq_len: int  # tokens, prompt and completion together
+    max_batch_size: int  # sequences that one replica runs at once
+    num_ranks: int  # ranks whose readiness and heartbeat are awaited
+    num_moe_layers: int = 0
+    top_k: int = 0
+    num_experts: int = 0
+    config_hash: str = "0"  # of the resolved configuration, for system_fingerprint
+
+    api_keys: tuple[str, ...] = ()
+    max_queued_requests: int = 1024  # sequences waiting for a place in a batch, over all replicas
+    max_queued_tokens: int | None = 1_000_000  # their prompt tokens
+    max_choices: int = 128  # n
+    max_sequences: int = 1024  # prompts x n of one request
+    max_stop_strings: int = 4
+    max_stop_length: int = 256  # characters
+    max_logit_bias: int = 1024
+    max_body_bytes: int = 16 << 20
+    request_timeout: float | None = None  # seconds from arrival to the last token
+    heartbeat_timeout: float = 30.0  # seconds without a word from a rank until readiness fails
+    drain_timeout: float | None = None  # seconds that running requests have after SIGTERM
+    balance_replicas: bool = True  # attention_dp_config.enable_balance; False: in turn
+    metrics_compat: str = "vllm"  # vllm | sglang | none
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of one expert id in SequenceOutput.routed_experts."""
+        return 1 if self.num_experts <= 256 else 2
