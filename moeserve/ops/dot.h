@@ -1,0 +1,135 @@
+/* Dot products of rows with rows: the heart of linear, of the experts and of attention scores.
+ * Included once for each element type (elem, FN).
+ *
+ * Both operands are rows along K, as checkpoints store weights. Every product keeps LANES partial sums over K in
+ * ascending order and adds them up by sum_lanes_4: the value of (row, column) is the same bits whatever other rows
+ * and columns are computed with it.
+ */
+
+#define TILE_ROWS 6
+#define TILE_COLUMNS 4
+
+#if ELEM_IS_BF16 && defined(USE_AVX512_BF16)
+typedef __m512bh FN(chunk);
+#define STEP 32
+
+INLINE FN(chunk) FN(load_chunk)(const elem *p) { return (__m512bh)_mm512_loadu_si512(p); }
+
+INLINE vf FN(multiply_add)(FN(chunk) a, FN(chunk) b, vf sum) { return (vf)_mm512_dpbf16_ps((__m512)sum, a, b); }
+#else
+typedef vf FN(chunk);
+#define STEP LANES
+
+INLINE FN(chunk) FN(load_chunk)(const elem *p) { return FN(load)(p); }
+
+INLINE vf FN(multiply_add)(FN(chunk) a, FN(chunk) b, vf sum) { return fma_vf(a, b, sum); }
+#endif
+
+INLINE FN(chunk) FN(load_chunk_n)(const elem *p, long n) {
+    elem padded[STEP] = {0};
+    memcpy(padded, p, (size_t)n * sizeof *p);
+    return FN(load_chunk)(padded);
+}
+
+/* out[r * out_stride + c] = a[r] . b[c] for `rows` rows (a constant after inlining) and TILE_COLUMNS columns. */
+INLINE void FN(dot_tile)(const int rows, const elem *const *a, const elem *const *b, long k, float *out,
+                         long out_stride) {
+    vf sum[TILE_ROWS][TILE_COLUMNS] = {{{0}}};
+    const elem *column[TILE_COLUMNS], *row[TILE_ROWS];
+    for (int c = 0; c < TILE_COLUMNS; c++) column[c] = b[c];
+    for (int r = 0; r < rows; r++) row[r] = a[r];
+    long i = 0;
+    for (; i + STEP <= k; i += STEP) {
+        FN(chunk) weight[TILE_COLUMNS];
+        for (int c = 0; c < TILE_COLUMNS; c++) weight[c] = FN(load_chunk)(column[c] + i);
+#pragma GCC unroll 6
+        for (int r = 0; r < rows; r++) {
+            FN(chunk) value = FN(load_chunk)(row[r] + i);
+#pragma GCC unroll 4
+            for (int c = 0; c < TILE_COLUMNS; c++) sum[r][c] = FN(multiply_add)(value, weight[c], sum[r][c]);
+        }
+    }
+    if (i < k) {
+        for (int r = 0; r < rows; r++)
+            for (int c = 0; c < TILE_COLUMNS; c++)
+                sum[r][c] = FN(multiply_add)(FN(load_chunk_n)(row[r] + i, k - i),
+                                             FN(load_chunk_n)(column[c] + i, k - i), sum[r][c]);
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < rows; r++) sum_lanes_4(sum[r], out + r * out_stride);
+}
+
+static void FN(dot_rows)(int rows, const elem *const *a, const elem *const *b, long k, float *out, long out_stride) {
+    switch (rows) {
+    case 1: FN(dot_tile)(1, a, b, k, out, out_stride); break;
+    case 2: FN(dot_tile)(2, a, b, k, out, out_stride); break;
+    case 3: FN(dot_tile)(3, a, b, k, out, out_stride); break;
+    case 4: FN(dot_tile)(4, a, b, k, out, out_stride); break;
+    case 5: FN(dot_tile)(5, a, b, k, out, out_stride); break;
+    default: FN(dot_tile)(TILE_ROWS, a, b, k, out, out_stride); break;
+    }
+}
+
+/* Pad a list of n column pointers to whole tiles by repeating the last; their results are not used. */
+INLINE long FN(pad_columns)(const elem **columns, long n) {
+    while (n % TILE_COLUMNS) columns[n] = columns[n - 1], n++;
+    return n;
+}
+
+/* out[r * out_stride + c] = a[r] . b[c] for m rows and n columns, n a multiple of TILE_COLUMNS. */
+static void FN(dot_block)(const elem *const *a, long m, const elem *const *b, long n, long k, float *out,
+                          long out_stride) {
+    long tiles = ceil_div(m, TILE_ROWS), first = 0;
+    for (long t = 0; t < tiles; t++) {
+        int rows = (int)((m - first) / (tiles - t));  /* near equal tiles: 8 rows as 4 and 4, not 6 and 2 */
+        for (long c = 0; c < n; c += TILE_COLUMNS)
+            FN(dot_rows)(rows, a + first, b + c, k, out + first * out_stride + c, out_stride);
+        first += rows;
+    }
+}
+
+/* --- linear ------------------------------------------------------------------------------------------------- */
+
+#define BLOCK_ROWS 48
+#define BLOCK_COLUMNS 64
+#define BLOCK_BYTES 131072  /* of weights: stays in the second-level cache while rows pass by */
+
+/* Columns of weights of `k` elements that one item works on. */
+INLINE long FN(block_columns)(long k) {
+    long fit = BLOCK_BYTES / (k * (long)sizeof(elem)) / TILE_COLUMNS * TILE_COLUMNS;
+    return max_long(8, min_long(fit, BLOCK_COLUMNS));
+}
+
+struct FN(linear) {
+    const elem *x, *weight, *bias;
+    elem *out;
+    long rows, columns, k, x_stride, columns_per_item, row_blocks;
+};
+
+static void FN(linear_item)(void *argument, long item) {
+    const struct FN(linear) *op = argument;
+    const elem *a[BLOCK_ROWS], *b[BLOCK_COLUMNS];
+    float sums[BLOCK_ROWS * BLOCK_COLUMNS];
+    long row = item % op->row_blocks * BLOCK_ROWS, column = item / op->row_blocks * op->columns_per_item;
+    long m = min_long(BLOCK_ROWS, op->rows - row), n = min_long(op->columns_per_item, op->columns - column);
+    for (long r = 0; r < m; r++) a[r] = op->x + (row + r) * op->x_stride;
+    for (long c = 0; c < n; c++) b[c] = op->weight + (column + c) * op->k;
+    FN(dot_block)(a, m, b, FN(pad_columns)(b, n), op->k, sums, BLOCK_COLUMNS);
+    for (long r = 0; r < m; r++) {
+        elem *out = op->out + (row + r) * op->columns + column;
+        for (long c = 0; c < n; c += LANES) {
+            long width = min_long(LANES, n - c);
+            vf value = load_f32(sums + r * BLOCK_COLUMNS + c);
+            if (op->bias) value += FN(load_n)(op->bias + column + c, width);
+            FN(store_n)(out + c, value, width);
+        }
+    }
+}
+
+/* x [rows, k] of row stride x_stride, weight [columns, k], bias [columns] or NULL -> out [rows, columns]. */
+void FN(moeserve_linear)(const elem *x, const elem *weight, const elem *bias, elem *out, long rows, long columns,
+                         long k, long x_stride, int threads) {
+    struct FN(linear) op = {x, weight, bias, out, rows, columns, k, x_stride, FN(block_columns)(k), 0};
+    op.row_blocks = ceil_div(rows, BLOCK_ROWS);
+    for_each_item(op.row_blocks * ceil_div(columns, op.columns_per_item), threads, FN(linear_item), &op);
+}
