@@ -1,0 +1,41 @@
+"""Counts how often each expert is chosen, on the device and without waiting for it. Knows no model."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class ExpertLoad:
+    """Routed (token, choice) counts of logical experts in each MoE layer, prefill and decode apart.
+
+    Counts grow until `reset`; `add` launches no copy to the host, so reading them is the caller's moment to
+    wait.
+    """
+
+    def __init__(self, num_layers: int, num_experts: int, device: torch.device | str = "cpu"):
+        self.num_experts = num_experts
+        # two phases of E counts, and one place where padding falls
+        self._counts = torch.zeros(num_layers, 2 * num_experts + 1, dtype=torch.int64, device=device)
+
+    @property
+    def prefill(self) -> Tensor:
+        """int64 [L, E], a view."""
+        return self._counts[:, : self.num_experts]
+
+    @property
+    def decode(self) -> Tensor:
+        """int64 [L, E], a view."""
+        return self._counts[:, self.num_experts : 2 * self.num_experts]
+
+    def add(self, layer: int, experts: Tensor, valid: Tensor, decode: Tensor) -> None:
+        """Count experts int64 [T, K] of one layer;
+
+        valid, decode bool [T]: rows that are real, that decode.
+        """
+        place = experts + decode.unsqueeze(1) * self.num_experts
+        place = place.where(valid.unsqueeze(1), 2 * self.num_experts).flatten()
+        self._counts[layer].scatter_add_(0, place, torch.ones_like(place))
+
+    def reset(self) -> None:
+        self._counts.zero_()

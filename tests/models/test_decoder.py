@@ -1,0 +1,192 @@
+"""Logits of every family in every layout against transformers, through the real loader and the paged cache."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from moeserve.comm.all_to_all import make_dispatcher
+from moeserve.comm.layout import ParallelLayout
+from moeserve.comm.mesh import Mesh
+from moeserve.comm.spawn import RankPool
+from moeserve.engine.batch import ForwardBatch
+from moeserve.eplb.types import Placement, Topology
+from moeserve.models.checkpoint import load
+from moeserve.models.decoder import Decoder
+from moeserve.models.registry import read_spec
+from moeserve.moe.expert_map import ExpertMap
+from moeserve.stats.expert_load import ExpertLoad
+
+GetPool = Callable[[int], RankPool]
+Tiny = Callable[[str], tuple[Path, list[Tensor]]]
+
+PAGE_SIZE, PAGES = 4, 24
+# chunks[step][sequence]: new tokens of each sequence in each step: whole prefills, chunked ones, decodes, late starts
+CHUNKS = ((13, 4, 0, 0, 7), (0, 3, 9, 5, 1), (0, 1, 1, 1, 1), (0, 1, 1, 0, 1))
+TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layout, how experts are placed, and which replica serves which sequence."""
+
+    layout: dict[str, int] = field(default_factory=dict)
+    redundant: int | None = None  # additional slots, filled at random; None is the identity
+    dispatcher: str = "exchange"
+    replicas: tuple[int, ...] | None = None  # replica of each sequence; None deals them round robin
+
+    def replica(self, sequence: int) -> int:
+        return self.replicas[sequence] if self.replicas else sequence % self.layout.get("dp", 1)
+
+
+def random_placement(num_layers: int, num_experts: int, num_slots: int, seed: int) -> Placement:
+    random = np.random.default_rng(seed)
+    rows = []
+    for _ in range(num_layers):
+        extra = random.integers(0, num_experts, num_slots - num_experts)
+        rows.append(random.permutation(np.concatenate((np.arange(num_experts), extra))))
+    return Placement(np.array(rows), num_experts)
+
+
+def build(
+    path: Path, case: Case, rank: int, dtype: torch.dtype = torch.float32
+) -> tuple[Decoder, ExpertLoad | None]:
+    spec = read_spec(path)
+    mesh = Mesh(ParallelLayout(**case.layout), rank)
+    experts: dict[str, Any] = {}
+    if spec.moe is not None:
+        layers, count = len(spec.moe_layers), spec.moe.num_experts
+        slots = count + (case.redundant or 0)
+        placement = (
+            Placement.identity(layers, count, slots)
+            if case.redundant is None
+            else random_placement(layers, count, slots, seed=3)
+        )
+        topology = Topology.of(mesh.ep.size, slots)
+        experts["expert_map"] = ExpertMap(placement, topology, mesh.ep.rank, "cpu")
+        experts["dispatcher"] = make_dispatcher(case.dispatcher, mesh.ep, topology.slots_per_rank)
+        experts["load"] = ExpertLoad(layers, count)
+    model = Decoder(spec, mesh, dtype=dtype, **experts)
+    load(model, path)
+    return model, experts.get("load")
+
+
+def make_batch(
+    case: Case, replica: int, step: int, done: Sequence[int], tokens: Sequence[Sequence[int]]
+) -> tuple[ForwardBatch, list[tuple[int, int]]]:
+    """The replica's batch of a step, and (sequence, position) of each of its logit rows."""
+    tp, dp = case.layout.get("tp", 1), case.layout.get("dp", 1)
+    totals = [sum(n for s, n in enumerate(CHUNKS[step]) if case.replica(s) == r) for r in range(dp)]
+    padded = [-(-total // tp) for total in totals]
+    mine = [s for s, n in enumerate(CHUNKS[step]) if n and case.replica(s) == replica]
+    mine.sort(key=lambda s: CHUNKS[step][s] != 1)  # decodes first
+    ends = {s: done[s] + CHUNKS[step][s] for s in mine}
+    rows = [(s, position) for s in mine for position in range(done[s], ends[s])]
+    padding = padded[replica] * tp - len(rows)
+    pages = {s: [(7 * (s * 4 + i) + 5) % PAGES for i in range(4)] for s in mine}
+    slots = [pages[s][p // PAGE_SIZE] * PAGE_SIZE + p % PAGE_SIZE for s, p in rows]
+    lengths = [CHUNKS[step][s] for s in mine]
+    batch = ForwardBatch(
+        token_ids=torch.tensor([tokens[s][p] for s, p in rows] + [0] * padding, dtype=torch.int64),
+        positions=torch.tensor([p for _, p in rows] + [0] * padding, dtype=torch.int64),
+        kv_slots=torch.tensor(slots + [-1] * padding, dtype=torch.int64),
+        query_start=torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32),
+        context_len=torch.tensor([ends[s] for s in mine], dtype=torch.int32),
+        page_table=torch.tensor([pages[s] for s in mine], dtype=torch.int32).view(len(mine), 4),
+        num_decode=sum(n == 1 for n in lengths),
+        max_query_len=max(lengths, default=0),
+        max_context_len=max((ends[s] for s in mine), default=0),
+        logit_rows=torch.arange(len(rows)),
+        rows_per_rank=tuple(n for n in padded for _ in range(tp)),
+        want_experts=True,
+    )
+    return batch, rows
+
+
+def run_case(
+    rank: int, path: Path, case: Case, tokens: Sequence[Sequence[int]], expected: Sequence[Tensor]
+) -> tuple[float, dict[tuple[int, int], list[list[int]]], Tensor | None]:
+    """(largest logit error over the largest logit, the experts of each token, this rank's load [2, L, E])."""
+    model, load_counts = build(path, case, rank)
+    cache = model.new_kv_cache(PAGES, PAGE_SIZE)
+    replica = rank // case.layout.get("tp", 1)
+    done = [0] * len(tokens)
+    error, chosen = 0.0, {}
+    for step, chunks in enumerate(CHUNKS):
+        batch, rows = make_batch(case, replica, step, done, tokens)
+        result = model.forward(batch, cache)
+        for row, (sequence, position) in enumerate(rows):
+            wanted = expected[sequence][position]
+            error = max(error, float((result.logits[row] - wanted).abs().max()))
+            if result.experts is not None:
+                chosen[sequence, position] = result.experts[row].tolist()
+        done = [n + m for n, m in zip(done, chunks, strict=True)]
+    scale = max(float(x.abs().max()) for x in expected)
+    counts = None if load_counts is None else torch.stack((load_counts.prefill, load_counts.decode))
+    return error / scale, chosen, counts
+
+
+def run_cases(rank: int, path: Path, cases: Sequence[Case], tokens: Any, expected: Any) -> list[Any]:
+    return [run_case(rank, path, case, tokens, expected) for case in cases]
+
+
+def check(
+    path: Path, expected: list[Tensor], cases: Sequence[Case], pool: GetPool | None, size: int
+) -> float:
+    """Run the cases on `size` ranks; returns the largest relative error."""
+    tokens = sequences(expected[0].shape[1])
+    if size == 1:
+        by_rank = [run_cases(0, path, cases, tokens, expected)]
+    else:
+        assert pool is not None
+        by_rank = pool(size).run(run_cases, path, cases, tokens, expected, timeout=120)
+    for number, case in enumerate(cases):
+        results = [rank[number] for rank in by_rank]
+        error = max(result[0] for result in results)
+        assert error <= TOLERANCE, f"{case}: {error}"
+        chosen: dict[tuple[int, int], list[list[int]]] = {}
+        for _, part, _ in results:
+            assert all(chosen.setdefault(key, value) == value for key, value in part.items()), case
+        if chosen:
+            check_load(case, chosen, sum(result[2] for result in results))
+    return max(result[0] for rank in by_rank for result in rank)
+
+
+def check_load(case: Case, chosen: dict[tuple[int, int], list[list[int]]], counts: Tensor) -> None:
+    """The counters hold each token's experts once, decode apart: padding is not in them."""
+    wanted: Counter[tuple[int, int, int]] = Counter()
+    done = [0] * len(CHUNKS[0])
+    for chunks in CHUNKS:
+        for sequence, new in enumerate(chunks):
+            for position in range(done[sequence], done[sequence] + new):
+                for layer, experts in enumerate(chosen[sequence, position]):
+                    wanted.update((int(new == 1), layer, expert) for expert in experts)
+            done[sequence] += new
+    got = {tuple(place): int(counts[tuple(place)]) for place in counts.nonzero().tolist()}
+    assert got == dict(wanted), case
+
+
+def sequences(vocab_size: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(5)
+    lengths = [sum(chunks) for chunks in zip(*CHUNKS, strict=True)]
+    return [torch.randint(vocab_size, (n,), generator=generator).tolist() for n in lengths]
+
+
+FAMILIES = ("deepseek_v2", "deepseek_v2_groups", "deepseek_v3", "qwen3_moe", "mixtral", "llama", "qwen3")
+MOE_FAMILIES = FAMILIES[:5]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_rank(family: str, tiny: Tiny) -> None:
+    path, expected = tiny(family)
+    moe = family in MOE_FAMILIES
+    error = check(path, expected, [Case(), Case(redundant=5)] if moe else [Case()], None, 1)
+    print(f"{family}: {error:.1e}")
