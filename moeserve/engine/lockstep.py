@@ -1,0 +1,107 @@
+"""What ranks must agree on before a step: the messages that apply, and who brings how many rows.
+
+Every rank of an attention replica runs the same scheduler on the same messages, so no batch travels: the
+leader's mail is broadcast inside the replica, and one small header is exchanged across replicas.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import msgspec
+
+from moeserve.comm.mesh import Mesh
+from moeserve.config import AttentionDPConfig
+from moeserve.messages import FromRank, ToRank, decode_to_rank
+
+
+class Mail(Protocol):
+    """A rank's letter box."""
+
+    def take(self, timeout: float) -> list[bytes]:
+        """Encoded messages that have arrived; waits up to `timeout` seconds for the first."""
+        ...
+
+    def send(self, message: FromRank) -> None: ...
+
+
+@dataclass(frozen=True)
+class ReplicaState:
+    """One replica's part of the header."""
+
+    rows: int = 0  # residual rows of each of its ranks in this step
+    waiting_prefill: bool = False  # has prompt tokens to compute, whether or not it does so in this step
+    decoding: bool = False
+    leaving: bool = False
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """What all ranks of the stage know before a step."""
+
+    replicas: tuple[ReplicaState, ...]
+    rows_per_rank: tuple[int, ...]
+
+    @property
+    def idle(self) -> bool:
+        return not any(self.rows_per_rank)
+
+    @property
+    def quiet(self) -> bool:
+        """Nobody has anything to do: the ranks may sleep until a message comes."""
+        return self.idle and not any(state.waiting_prefill for state in self.replicas)
+
+    @property
+    def leaving(self) -> bool:
+        return all(state.leaving for state in self.replicas)
+
+
+class Lockstep:
+    """The two exchanges of a step; free of communication where a group has one rank."""
+
+    def __init__(self, mesh: Mesh, mail: Mail):
+        self.mesh = mesh
+        self.mail = mail
+
+    def receive(self, timeout: float) -> list[ToRank]:
+        """Messages for this replica, the same on each of its ranks; the leader waits up to `timeout` seconds."""
+        tp = self.mesh.tp
+        if tp.size == 1:
+            return [decode_to_rank(message) for message in self.mail.take(timeout)]
+        packed = msgspec.msgpack.encode(self.mail.take(timeout)) if tp.rank == 0 else None
+        messages: list[bytes] = msgspec.msgpack.decode(tp.broadcast_bytes(packed), type=list[bytes])
+        return [decode_to_rank(message) for message in messages]
+
+    def agree(self, mine: ReplicaState) -> Agreed:
+        header = [mine.rows, mine.waiting_prefill, mine.decoding, mine.leaving]
+        rows = self.mesh.dp.all_gather_ints(header)
+        states = tuple(ReplicaState(row[0], bool(row[1]), bool(row[2]), bool(row[3])) for row in rows)
+        return Agreed(states, tuple(state.rows for state in states for _ in range(self.mesh.tp.size)))
+
+
+@dataclass(frozen=True)
+class PrefillGate:
+    """Whether a replica holds its prefills back so that replicas prefill together (attention DP balance).
+
+    A step lasts as long as its busiest replica: a prefill on one of them makes the decodes of all others wait.
+    So a replica with a prefill waits up to timeout_iters steps for the others to have one, and then up to
+    batching_wait_iters for more to join, as TensorRT-LLM's attention_dp_config does; but only while some
+    replica decodes: with nobody to disturb, waiting gains nothing. Pure: each decision gives the next state.
+    """
+
+    config: AttentionDPConfig
+    waited: int = 0
+    batched: int = 0
+
+    def decide(self, last: Agreed, waiting: bool, batch_full: bool) -> tuple[bool, PrefillGate]:
+        """Hold now?, and the gate for the next step. last: the header of the step before."""
+        others_decode = any(state.decoding for state in last.replicas)
+        if not (self.config.enable_balance and len(last.replicas) > 1 and waiting and others_decode):
+            return False, replace(self, waited=0, batched=0)
+        all_have = all(state.waiting_prefill for state in last.replicas)
+        if not all_have and self.waited < self.config.timeout_iters:
+            return True, replace(self, waited=self.waited + 1)
+        if all_have and not batch_full and self.batched < self.config.batching_wait_iters:
+            return True, replace(self, batched=self.batched + 1)
+        return False, replace(self, waited=0, batched=0)

@@ -1,0 +1,173 @@
+"""One rank: a process with a device, a scheduler, its pages of the KV cache and its expert slots.
+
+The step is the whole engine in one function; everything it calls is a part that can be read alone.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import signal
+import time
+import traceback
+from typing import TYPE_CHECKING
+
+import zmq
+
+from moeserve.comm import mesh as comm_mesh
+from moeserve.engine.lockstep import Agreed, Lockstep, Mail, PrefillGate, ReplicaState
+from moeserve.engine.runner import Runner
+from moeserve.engine.scheduler import ScheduledBatch, Scheduler
+from moeserve.messages import (
+    AbortRequest,
+    AddRequest,
+    FromRank,
+    RankFailed,
+    RankReady,
+    SequenceOutput,
+    Shutdown,
+    StepDone,
+    ToRank,
+    encode,
+)
+
+if TYPE_CHECKING:
+    from moeserve.launch import RankPlace
+    from moeserve.plan import EnginePlan
+
+log = logging.getLogger(__name__)
+
+HEARTBEAT_SECONDS = 1.0
+COLLECTIVE_TIMEOUT_SECONDS = 300.0
+
+
+class Rank:
+    """A running rank. `runner` owns the model, the caches and the mesh."""
+
+    def __init__(self, plan: EnginePlan, runner: Runner, scheduler: Scheduler, mail: Mail):
+        self.runner = runner
+        self.scheduler = scheduler
+        self.mail = mail
+        self.rank = runner.mesh.world.rank
+        self.is_leader = runner.mesh.tp.rank == 0
+        self.lockstep = Lockstep(runner.mesh, mail)
+        self.gate = PrefillGate(plan.config.attention_dp_config)
+        self.agreed = Agreed((ReplicaState(),) * runner.mesh.dp.size, (0,) * runner.mesh.stage.size)
+        self.leaving = False
+        self.steps = 0
+        self.refused: list[SequenceOutput] = []
+        self.last_sent = 0.0
+
+    def serve(self) -> None:
+        """Step until every replica was told to leave."""
+        while self.step():
+            pass
+
+    def step(self) -> bool:
+        """One step of the engine; False when it was the last."""
+        for message in self.lockstep.receive(timeout=HEARTBEAT_SECONDS if self.agreed.quiet else 0.0):
+            self.apply(message)
+        batch = self.next_batch()
+        self.agreed = self.lockstep.agree(self.state(batch))
+        outputs: list[SequenceOutput] = []
+        if not self.agreed.idle:
+            results, experts = self.runner.run(batch, self.agreed)
+            outputs = self.scheduler.finish(batch, results, experts)
+            self.steps += 1
+        self.answer(outputs)
+        return not (self.agreed.quiet and self.agreed.leaving)
+
+    def apply(self, message: ToRank) -> None:
+        if isinstance(message, AddRequest):
+            error = self.scheduler.add(message)
+            if error is not None:
+                self.refused.append(
+                    SequenceOutput(message.request_id, [], finish_reason="error", error=error)
+                )
+        elif isinstance(message, AbortRequest):
+            self.scheduler.abort(message.request_id)
+        elif isinstance(message, Shutdown):
+            self.leaving = True
+
+    def next_batch(self) -> ScheduledBatch:
+        hold, self.gate = self.gate.decide(
+            self.agreed, self.scheduler.prefill_ready, self.scheduler.prefill_fills_step
+        )
+        return self.scheduler.next_batch(hold_prefill=hold)
+
+    def state(self, batch: ScheduledBatch) -> ReplicaState:
+        tp = self.runner.mesh.tp.size
+        return ReplicaState(
+            rows=-(-batch.num_tokens // tp),
+            waiting_prefill=self.scheduler.prefill_ready or len(batch.chunks) > batch.num_decode,
+            decoding=batch.num_decode > 0,
+            leaving=self.leaving,
+        )
+
+    def answer(self, outputs: list[SequenceOutput]) -> None:
+        """Answer the front-end: the leader with what the step made, any rank with a sign of life."""
+        now = time.monotonic()
+        answers = self.refused + outputs if self.is_leader else []
+        self.refused = []
+        if answers or now - self.last_sent >= HEARTBEAT_SECONDS:
+            self.mail.send(StepDone(rank=self.rank, outputs=answers, stats=self.scheduler.stats(self.steps)))
+            self.last_sent = now
+
+
+class SocketMail:
+    """A rank's letter box at the front-end's ROUTER socket."""
+
+    def __init__(self, address: str, rank: int):
+        self.socket = zmq.Context.instance().socket(zmq.DEALER)
+        self.socket.setsockopt(zmq.IDENTITY, str(rank).encode())
+        self.socket.setsockopt(zmq.LINGER, 1000)
+        self.socket.set_hwm(0)
+        self.socket.connect(address)
+
+    def take(self, timeout: float) -> list[bytes]:
+        messages = []
+        if timeout and not self.socket.poll(int(timeout * 1000)):
+            return []
+        try:
+            while True:
+                messages.append(self.socket.recv(zmq.NOBLOCK))
+        except zmq.Again:
+            return messages
+
+    def send(self, message: FromRank) -> None:
+        self.socket.send(encode(message))
+
+
+def rank_main(plan: EnginePlan, place: RankPlace) -> None:
+    """The life of a rank's process. Its end is decided by the front-end, not by the terminal's signals."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    logging.basicConfig(
+        level=logging.INFO, format=f"%(asctime)s %(levelname)s rank={place.rank} %(message)s", force=True
+    )
+    mail = SocketMail(place.mail, place.rank)
+    try:
+        run(plan, place, mail)
+    except BaseException:
+        failure = RankFailed(rank=place.rank, time=time.time(), traceback=traceback.format_exc())
+        mail.send(failure)
+        mail.socket.close()
+        zmq.Context.instance().term()
+        os._exit(1)  # not sys.exit: a peer's collective may hold a thread that never ends
+
+
+def run(plan: EnginePlan, place: RankPlace, mail: Mail) -> None:
+    """Build this rank, say that it is ready, serve, and leave the process groups."""
+    comm_mesh.start(
+        place.rank, place.world_size, *place.store, plan.backend, timeout=COLLECTIVE_TIMEOUT_SECONDS
+    )
+    runner = Runner(plan, place)
+    scheduler = runner.new_scheduler()
+    gc.collect()
+    gc.freeze()
+    mail.send(
+        RankReady(rank=place.rank, pid=os.getpid(), kv_tokens=runner.kv_tokens, max_seq_len=plan.max_seq_len)
+    )
+    Rank(plan, runner, scheduler, mail).serve()
+    comm_mesh.stop()

@@ -1,0 +1,198 @@
+"""Starts the ranks of an engine, carries messages to and from them, and sees to it that none outlives the rest.
+
+Ranks are local processes, or those that torchrun or Slurm has started. Knows no request and no HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import shutil
+import signal
+import socket
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
+
+import zmq
+import zmq.asyncio
+
+from moeserve.comm.spawn import start_process
+from moeserve.engine.rank import rank_main
+from moeserve.messages import FromRank, RankFailed, RankReady, Shutdown, ToRank, decode_from_rank, encode
+from moeserve.plan import EnginePlan
+
+log = logging.getLogger(__name__)
+
+FAILURE_SETTLE_SECONDS = 1.0  # peers of a dead rank fail too: wait for all reports before naming the cause
+
+
+@dataclass(frozen=True)
+class RankPlace:
+    """Where one rank runs and whom it meets."""
+
+    rank: int
+    local_rank: int
+    local_size: int
+    world_size: int
+    store: tuple[str, int]  # address and port of the ranks' rendezvous
+    mail: str  # zmq address of the front-end
+
+
+def place_from_environment(environment: Mapping[str, str]) -> RankPlace | None:
+    """The rank that torchrun or Slurm made of this process, or None when neither did.
+
+    The ports next to MASTER_PORT serve the rendezvous and the mail: torchrun holds MASTER_PORT itself.
+    Raises ValueError naming the variable that is missing or no number.
+    """
+    names = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE")
+    if "RANK" not in environment:
+        if int(environment.get("SLURM_NTASKS", "1")) <= 1 or "SLURM_PROCID" not in environment:
+            return None
+        names = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE", "SLURM_NTASKS")
+    wanted = (*names, "MASTER_PORT")
+    for name in wanted:
+        if not environment.get(name, "").isdigit():
+            raise ValueError(f"{name} = {environment.get(name)!r}: the launcher must set it to a number")
+    rank, local_rank, local_size, world_size, port = (int(environment[name]) for name in wanted)
+    address = environment.get("MASTER_ADDR")
+    if not address:
+        raise ValueError("MASTER_ADDR is not set: the launcher must set it to the host of rank 0")
+    return RankPlace(
+        rank, local_rank, local_size, world_size, (address, port + 1), f"tcp://{address}:{port + 2}"
+    )
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass
+class RankSet:
+    """The ranks of a running engine, as the front-end sees them: one leader an attention replica."""
+
+    plan: EnginePlan
+    place: RankPlace | None = None
+    processes: dict[int, BaseProcess] = field(default_factory=dict)
+    failures: list[RankFailed] = field(default_factory=list)
+    stopping: bool = False
+
+    def __post_init__(self) -> None:
+        self.num_replicas = self.plan.layout.dp
+        self._directory = tempfile.mkdtemp(prefix="moeserve-")
+        self._inbox: asyncio.Queue[tuple[int, FromRank]] = asyncio.Queue()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def start(self) -> None:
+        """Start the ranks and listen to them; returns before they are ready. Call inside the event loop."""
+        places = self._places()
+        self._socket = zmq.asyncio.Context.instance().socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.set_hwm(0)
+        self._socket.bind(places[0].mail)
+        loop = asyncio.get_running_loop()
+        for place in places:
+            process = start_process(rank_main, (self.plan, place), name=f"moeserve-rank-{place.rank}")
+            self.processes[place.rank] = process
+            loop.add_reader(process.sentinel, self._process_ended, place.rank)
+        self._tasks = [asyncio.create_task(self._listen())]
+
+    def _places(self) -> list[RankPlace]:
+        if self.place is not None:
+            return [self.place]
+        size = self.plan.layout.world_size
+        store, mail = ("127.0.0.1", free_port()), f"ipc://{self._directory}/mail"
+        return [RankPlace(rank, rank, size, size, store, mail) for rank in range(size)]
+
+    async def ready(self) -> list[RankReady]:
+        """Wait until every rank has its weights. Raises RuntimeError with the cause when one fails instead."""
+        reports: list[RankReady] = []
+        while len(reports) < self.plan.layout.world_size:
+            _, message = await self.receive()
+            if isinstance(message, RankFailed):
+                raise RuntimeError(await self.cause())
+            if isinstance(message, RankReady):
+                reports.append(message)
+        return reports
+
+    async def send(self, replica: int, message: ToRank) -> None:
+        leader = replica * self.plan.layout.tp
+        await self._socket.send_multipart([str(leader).encode(), encode(message)])
+
+    async def receive(self) -> tuple[int, FromRank]:
+        """The next message, with the replica of the rank that sent it."""
+        return await self._inbox.get()
+
+    async def cause(self) -> str:
+        """What the rank that failed first has to say; waits a moment for all to be heard."""
+        await asyncio.sleep(FAILURE_SETTLE_SECONDS)
+        first = min(self.failures, key=lambda failure: failure.time)
+        return f"rank {first.rank} failed\n{first.traceback}"
+
+    async def stop(self, timeout: float = 10.0) -> None:
+        """End every rank: politely when they still answer, else at once. No process is left."""
+        self.stopping = True
+        if not self.failures:
+            for replica in range(self.num_replicas):
+                await self.send(replica, Shutdown())
+            deadline = time.monotonic() + timeout
+            while any(p.is_alive() for p in self.processes.values()) and time.monotonic() < deadline:
+                await asyncio.sleep(0.01)
+        self.kill()
+        for task in self._tasks:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+        self._socket.close()
+
+    def kill(self) -> None:
+        """End what is left of the ranks without asking."""
+        self.stopping = True
+        for process in self.processes.values():
+            if process.is_alive():
+                process.kill()
+        for process in self.processes.values():
+            process.join()
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    async def _listen(self) -> None:
+        while True:
+            sender, data = await self._socket.recv_multipart()
+            message = decode_from_rank(data)
+            if isinstance(message, RankFailed):
+                self._fail(message)
+            else:
+                self._inbox.put_nowait((int(sender) // self.plan.layout.tp, message))
+
+    def _process_ended(self, rank: int) -> None:
+        process = self.processes[rank]
+        asyncio.get_running_loop().remove_reader(process.sentinel)
+        if self.stopping:
+            return
+        process.join(1)
+        code = process.exitcode or 0
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
+        if code < 0 or not any(failure.rank == rank for failure in self.failures):
+            # A killed rank had no chance to report: it is the cause of what its peers complain of.
+            reported = time.time() if code >= 0 else 0.0
+            self._fail(
+                RankFailed(rank=rank, time=reported, traceback=f"rank {rank} (pid {process.pid}) {how}")
+            )
+
+    def _fail(self, failure: RankFailed) -> None:
+        self.failures.append(failure)
+        if len(self.failures) == 1:
+            self._inbox.put_nowait((failure.rank // self.plan.layout.tp, failure))
+
+
+def run_rank_here(plan: EnginePlan, place: RankPlace) -> int:
+    """Be a rank that a launcher started; the exit code."""
+    log.info("rank=%d host=%s waits for rank 0 at %s", place.rank, os.uname().nodename, place.store[0])
+    rank_main(plan, place)
+    return 0

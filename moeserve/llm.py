@@ -1,0 +1,123 @@
+"""Offline generation on the online path: the same ranks, front-end and text, without HTTP.
+
+with LLM(tensor_parallel_size=4, moe_expert_parallel_size=4) as llm:
+    for answer in llm.generate(["Once upon a time"], SamplingParams(max_tokens=32, temperature=0)):
+        print(answer.text)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+from moeserve.config import EngineConfig, parse
+from moeserve.messages import SamplingParams, TokenLogprob
+from moeserve.plan import check_local_ranks, make_plan
+from moeserve.server.frontend import Frontend
+from moeserve.serving import running_engine, server_settings, until_ready, with_tokenizer
+
+Result = TypeVar("Result")
+
+
+@dataclass
+class Answer:
+    """What one prompt was continued with. finish_reason: "stop" or "length"."""
+
+    prompt_token_ids: list[int]
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+    routed_experts: bytes | None = None
+
+
+class LLM:
+    """A running engine in this program. Settings are those of `moeserve serve`, as keyword arguments.
+
+    Raises ValueError for a setting that cannot be, RuntimeError with a rank's traceback when one fails.
+    """
+
+    def __init__(self, model: str | Path | None = None, **settings: Any):
+        if model is not None:
+            settings["model"] = str(model)
+        plan = make_plan(parse(EngineConfig, settings))
+        check_local_ranks(plan, plan.layout.world_size)
+        self.plan, self.tokenizer = with_tokenizer(plan)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="moeserve", daemon=True)
+        self._thread.start()
+        self._exit = contextlib.AsyncExitStack()
+        self._frontend = self._call(self._start())
+
+    async def _start(self) -> Frontend:
+        engine = running_engine(self.plan, self.tokenizer, server_settings(self.plan))
+        frontend = await self._exit.enter_async_context(engine)
+        await until_ready(frontend)
+        if frontend.dead.is_set():
+            await self._exit.aclose()  # raises with the cause
+        return frontend
+
+    def generate(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams] = SamplingParams(),  # noqa: B008 - immutable
+        stop: Sequence[str] = (),
+    ) -> list[Answer]:
+        """Continue each prompt (text or token ids); one params for all, or one each. Answers in the same order."""
+        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        if len(each) != len(prompts):
+            raise ValueError(f"params: {len(each)} given for {len(prompts)} prompts; give one, or one each")
+        ids = [self.tokenizer.encode(p) if isinstance(p, str) else list(p) for p in prompts]
+        for index, prompt in enumerate(ids):
+            if not prompt:
+                raise ValueError(f"prompts[{index}] is empty; give a token at least")
+        return self._call(self._generate(ids, each, stop))
+
+    async def _generate(
+        self, prompts: list[list[int]], params: list[SamplingParams], stop: Sequence[str]
+    ) -> list[Answer]:
+        jobs = [self._answer(prompt, own, stop) for prompt, own in zip(prompts, params, strict=True)]
+        return list(await asyncio.gather(*jobs))
+
+    async def _answer(self, prompt: list[int], params: SamplingParams, stop: Sequence[str]) -> Answer:
+        generation = self._frontend.submit([prompt], params, stop=stop)
+        answer = Answer(prompt)
+        while deltas := await generation.next():
+            for delta in deltas:
+                answer.text += delta.text
+                answer.token_ids += delta.token_ids
+                answer.logprobs += delta.logprobs or []
+                answer.prompt_logprobs = delta.prompt_logprobs or answer.prompt_logprobs
+                answer.routed_experts = delta.routed_experts or answer.routed_experts
+                answer.finish_reason = delta.finish_reason
+        if generation.error is not None:
+            raise RuntimeError(str(generation.error))
+        return answer
+
+    def close(self) -> None:
+        """End the ranks. Raises RuntimeError with a rank's traceback when the engine had died."""
+        if self._thread.is_alive():
+            try:
+                self._call(self._exit.aclose())
+            finally:
+                self._loop.call_soon_threadsafe(self._loop.stop)
+                self._thread.join()
+                self._loop.close()
+
+    def _call(self, job: Coroutine[Any, Any, Result]) -> Result:
+        return asyncio.run_coroutine_threadsafe(job, self._loop).result()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,311 @@
+"""Settles everything that is open in the settings, against the model and the machine, before a rank starts.
+
+"auto" is resolved here, once, into an EnginePlan; what cannot be honoured stops here with the setting's name.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from moeserve.comm.layout import ParallelLayout
+from moeserve.config import AttentionDPConfig, EngineConfig, LoadBalancerConfig
+from moeserve.device import free_memory
+from moeserve.eplb.formats.placement import read_placement
+from moeserve.eplb.types import Placement, Topology
+from moeserve.models import memory
+from moeserve.models.registry import read_spec
+from moeserve.models.sharding import check_layout
+from moeserve.models.spec import ModelSpec
+
+GIB = 1024**3
+RANKS_PER_CORE = 16  # local CPU ranks beyond this only wait for one another
+
+
+@dataclass(frozen=True)
+class EnginePlan:
+    """What the ranks are told: the settings with nothing left open.
+
+    placement and num_slots are None for a model without experts. all_to_all: local, exchange or gather.
+    eos_token_ids are the tokenizer's: filled in by who starts ranks, as a plan alone needs no tokenizer.
+    """
+
+    config: EngineConfig
+    spec: ModelSpec
+    layout: ParallelLayout
+    device: str
+    dtype: str
+    num_slots: int | None
+    placement: Placement | None
+    all_to_all: str
+    max_seq_len: int
+    eos_token_ids: tuple[int, ...] = ()
+
+    @property
+    def model_name(self) -> str:
+        return self.config.served_model_name or Path(self.config.model).resolve().name
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
+
+    @property
+    def backend(self) -> str:
+        return "nccl" if self.device == "cuda" else "gloo"
+
+    def weight_bytes(self) -> memory.WeightBytes:
+        """What a rank's weights take, by part, and a token of its KV cache."""
+        return memory.weight_bytes(self.spec, self.layout, self.num_slots, self.torch_dtype)
+
+    def kv_tokens(self, free_bytes: int) -> int:
+        """Tokens that the KV cache of a rank holds, given what is free there once the weights are loaded.
+
+        On a CPU, where memory belongs to everyone, never more than max_batch_size sequences can use.
+        Raises ValueError when the cache cannot hold a page.
+        """
+        cache = self.config.kv_cache_config
+        page = cache.tokens_per_block
+        if cache.max_tokens is not None:
+            tokens = cache.max_tokens
+        else:
+            tokens = (
+                int(free_bytes * cache.free_gpu_memory_fraction) // self.weight_bytes().kv_bytes_per_token
+            )
+            if self.device == "cpu":
+                tokens = min(tokens, self.config.max_batch_size * self.max_seq_len)
+        if tokens < page:
+            raise ValueError(
+                f"kv_cache_config: the cache holds {max(tokens, 0)} tokens, less than a page of {page} "
+                f"({free_bytes / GIB:.2f} GiB free): free memory or lower kv_cache_config.tokens_per_block"
+            )
+        return tokens // page * page
+
+
+def make_plan(config: EngineConfig) -> EnginePlan:
+    """Everything settled for `config`. Raises ValueError naming the setting, its value and what would do."""
+    spec = read_spec(Path(config.model))
+    layout = plan_layout(config, spec)
+    device = plan_device(config, layout)
+    num_slots, placement = plan_placement(config.moe_config.load_balancer, spec, layout)
+    max_seq_len = config.max_seq_len or spec.max_positions
+    if max_seq_len > spec.max_positions:
+        raise ValueError(
+            f"max_seq_len = {max_seq_len}: the model knows {spec.max_positions} positions at most"
+        )
+    return EnginePlan(
+        config=config,
+        spec=spec,
+        layout=layout,
+        device=device,
+        dtype=plan_dtype(config, spec, device),
+        num_slots=num_slots,
+        placement=placement,
+        all_to_all=plan_all_to_all(config, layout),
+        max_seq_len=max_seq_len,
+    )
+
+
+def plan_layout(config: EngineConfig, spec: ModelSpec) -> ParallelLayout:
+    """The ranks' groups; product of moe_tp and moe_ep = tensor_parallel_size, as in TensorRT-LLM."""
+    size = config.tensor_parallel_size
+    for name in ("pipeline_parallel_size", "context_parallel_size"):
+        if (value := getattr(config, name)) != 1:
+            raise ValueError(f"{name} = {value}: this version runs one only; use tensor_parallel_size")
+    attention_tp = config.attention_tensor_parallel_size
+    if not config.enable_attention_dp:
+        if attention_tp not in (None, size):
+            raise ValueError(
+                f"attention_tensor_parallel_size = {attention_tp}: without enable_attention_dp it can only be "
+                f"tensor_parallel_size = {size}; set enable_attention_dp or leave it out"
+            )
+        if config.attention_dp_config != AttentionDPConfig():
+            raise ValueError("attention_dp_config: has no effect without enable_attention_dp; leave it out")
+        attention_tp = size
+    attention_tp = attention_tp or 1
+    if size % attention_tp:
+        raise ValueError(
+            f"attention_tensor_parallel_size = {attention_tp}: must divide tensor_parallel_size = {size}"
+        )
+    moe_tp = plan_moe_tp(config, spec)
+    layout = ParallelLayout(dp=size // attention_tp, tp=attention_tp, etp=moe_tp)
+    check_layout(spec, layout)
+    return layout
+
+
+def plan_moe_tp(config: EngineConfig, spec: ModelSpec) -> int:
+    """Ranks that share one expert; whatever of moe_tp and moe_ep is left out follows from the other."""
+    size, moe_tp, moe_ep = (
+        config.tensor_parallel_size,
+        config.moe_tensor_parallel_size,
+        config.moe_expert_parallel_size,
+    )
+    if spec.moe is None:
+        for name, value in (("moe_tensor_parallel_size", moe_tp), ("moe_expert_parallel_size", moe_ep)):
+            if value not in (None, 1):
+                raise ValueError(f"{name} = {value}: {spec.architecture} has no experts; leave it out")
+        return 1
+    if moe_tp is None and moe_ep is None:
+        return 1
+    for name, value in (("moe_tensor_parallel_size", moe_tp), ("moe_expert_parallel_size", moe_ep)):
+        if value is not None and size % value:
+            raise ValueError(f"{name} = {value}: must divide tensor_parallel_size = {size}")
+    if moe_tp is not None and moe_ep is not None and moe_tp * moe_ep != size:
+        raise ValueError(
+            f"moe_tensor_parallel_size = {moe_tp} times moe_expert_parallel_size = {moe_ep} must equal "
+            f"tensor_parallel_size = {size}; leave one of them out to have it derived"
+        )
+    return moe_tp if moe_tp is not None else size // (moe_ep or 1)
+
+
+def plan_device(config: EngineConfig, layout: ParallelLayout) -> str:
+    has_cuda = torch.cuda.is_available()
+    if config.device == "cuda" and not has_cuda:
+        raise ValueError("device = cuda: this machine has no usable CUDA device; use auto or cpu")
+    return "cuda" if has_cuda and config.device != "cpu" else "cpu"
+
+
+def check_local_ranks(plan: EnginePlan, local_ranks: int) -> None:
+    """Raise ValueError when this host is asked to hold more ranks than makes sense."""
+    if plan.device == "cuda":
+        most = torch.cuda.device_count()
+        what = f"{most} GPUs"
+    else:
+        cores = len(os.sched_getaffinity(0))
+        most = cores * RANKS_PER_CORE
+        what = f"{cores} cores, enough for {most} ranks at most"
+    if local_ranks > most:
+        raise ValueError(
+            f"tensor_parallel_size = {local_ranks}: this host has {what}; use fewer ranks or start them on "
+            "several hosts with torchrun or Slurm"
+        )
+
+
+def plan_dtype(config: EngineConfig, spec: ModelSpec, device: str) -> str:
+    if config.dtype != "auto":
+        return config.dtype
+    if device == "cpu":
+        return "float32"
+    return "float32" if spec.dtype == "float32" else "bfloat16"
+
+
+def plan_all_to_all(config: EngineConfig, layout: ParallelLayout) -> str:
+    wanted = config.moe_config.all_to_all
+    if wanted == "one_sided":
+        raise ValueError(
+            "moe_config.all_to_all = one_sided: not in this version; use auto, exchange or gather"
+        )
+    if layout.ep == 1:
+        return "local"
+    return "exchange" if wanted == "auto" else wanted
+
+
+def plan_placement(
+    balancer: LoadBalancerConfig, spec: ModelSpec, layout: ParallelLayout
+) -> tuple[int | None, Placement | None]:
+    """Slots over all ranks and the expert in each; slots default to the experts, rounded up to a multiple of ep."""
+    prefix = "moe_config.load_balancer"
+    if spec.moe is None:
+        if balancer != LoadBalancerConfig():
+            raise ValueError(f"{prefix}: {spec.architecture} has no experts to place; leave it out")
+        return None, None
+    if balancer.layer_updates_per_iter:
+        raise ValueError(
+            f"{prefix}.layer_updates_per_iter = {balancer.layer_updates_per_iter}: online balancing is not in "
+            "this version; set 0 for a placement that stays"
+        )
+    if balancer.placement is not None and balancer.initial_global_assignments is not None:
+        raise ValueError(f"{prefix}: give placement or initial_global_assignments, not both")
+    experts, ep = spec.moe.num_experts, layout.ep
+    placement = _given_placement(balancer, spec)
+    num_slots = balancer.num_slots
+    if num_slots is None:
+        num_slots = placement.num_slots if placement is not None else -(-experts // ep) * ep
+    if num_slots < experts or num_slots % ep:
+        least = -(-max(num_slots, experts) // ep) * ep
+        raise ValueError(
+            f"{prefix}.num_slots = {num_slots}: must be at least {experts} (the experts) and a multiple of "
+            f"{ep} (the expert-parallel groups), such as {least}"
+        )
+    if placement is None:
+        placement = Placement.identity(len(spec.moe_layers), experts, num_slots)
+    elif placement.num_slots != num_slots:
+        raise ValueError(f"{prefix}.num_slots = {num_slots}: the placement has {placement.num_slots} slots")
+    placement.check(Topology.of(ep, num_slots))
+    return num_slots, placement
+
+
+def _given_placement(balancer: LoadBalancerConfig, spec: ModelSpec) -> Placement | None:
+    assert spec.moe is not None
+    if balancer.placement is not None:
+        return read_placement(Path(balancer.placement))
+    assignments = balancer.initial_global_assignments
+    if assignments is None:
+        return None
+    name = "moe_config.load_balancer.initial_global_assignments"
+    if sorted(assignments) != list(spec.moe_layers):
+        raise ValueError(
+            f"{name} has layers {_short(sorted(assignments))}, the model's MoE layers are "
+            f"{_short(spec.moe_layers)}"
+        )
+    rows = [assignments[layer] for layer in spec.moe_layers]
+    for layer, row in zip(spec.moe_layers, rows, strict=True):
+        if len(row) != len(rows[0]):
+            raise ValueError(
+                f"{name}[{layer}] has {len(row)} slots, layer {spec.moe_layers[0]} {len(rows[0])}"
+            )
+    try:
+        return Placement(np.array(rows, dtype=np.int64), spec.moe.num_experts)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def _short(numbers: Sequence[int]) -> str:
+    numbers = list(numbers)
+    return str(numbers) if len(numbers) <= 8 else f"[{numbers[0]}, ..., {numbers[-1]}] ({len(numbers)})"
+
+
+def describe(plan: EnginePlan, memory_bytes: int | None = None) -> str:
+    """The plan as aligned lines: layout, placement, memory a rank. memory_bytes: of a rank, before weights."""
+    layout, config = plan.layout, plan.config
+    sizes = plan.weight_bytes()
+    if memory_bytes is None:
+        memory_bytes = free_memory(torch.device(plan.device), layout.world_size)
+    lines = {
+        "model": f"{plan.model_name} ({plan.spec.architecture}, {len(plan.spec.layers)} layers)",
+        "device, dtype": f"{plan.device}, {plan.dtype}",
+        "ranks": f"{layout.world_size}",
+        "attention": f"{layout.dp} replicas of {layout.tp} ranks (dp {layout.dp}, tp {layout.tp})",
+    }
+    if plan.placement is not None and plan.num_slots is not None and plan.spec.moe is not None:
+        redundant = plan.num_slots - plan.spec.moe.num_experts
+        lines |= {
+            "experts": f"ep {layout.ep}, moe tp {layout.etp}, all-to-all {plan.all_to_all}",
+            "slots": f"{plan.num_slots} for {plan.spec.moe.num_experts} experts ({redundant} redundant), "
+            f"{plan.num_slots // layout.ep} a rank, in {len(plan.spec.moe_layers)} MoE layers",
+            "placement": f"generation {plan.placement.generation}, digest {plan.placement.digest[:16]}",
+        }
+    for part in ("embedding", "attention", "dense", "router", "experts", "shared", "norms", "weights"):
+        lines[f"memory: {part}"] = f"{getattr(sizes, part) / GIB:10.4f} GiB a rank"
+    lines["KV cache"] = f"{sizes.kv_bytes_per_token} bytes a token; " + _capacity(
+        plan, memory_bytes, sizes.weights
+    )
+    lines["limits"] = (
+        f"{plan.max_seq_len} tokens a sequence, {config.max_batch_size} sequences and "
+        f"{config.max_num_tokens} tokens a step on a replica"
+    )
+    width = max(map(len, lines))
+    return "\n".join(f"{name:<{width}}  {text}" for name, text in lines.items())
+
+
+def _capacity(plan: EnginePlan, memory_bytes: int, weights: int) -> str:
+    try:
+        tokens = plan.kv_tokens(memory_bytes - weights)
+    except ValueError as error:
+        return f"does not fit: {error}"
+    return f"{tokens} tokens a rank in {memory_bytes / GIB:.1f} GiB with the weights"

@@ -1,0 +1,101 @@
+"""An engine put together: ranks, front-end and tokenizer for one plan. What `serve` and the offline LLM share."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+import socket
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+
+from moeserve.launch import RankPlace, RankSet
+from moeserve.plan import EnginePlan
+from moeserve.server.frontend import Frontend
+from moeserve.server.run import HttpServer
+from moeserve.server.settings import ServerSettings
+from moeserve.text import Tokenizer
+
+log = logging.getLogger(__name__)
+READY_POLL_SECONDS = 0.01
+
+
+def with_tokenizer(plan: EnginePlan) -> tuple[EnginePlan, Tokenizer]:
+    """The model's tokenizer, and the plan that knows its end tokens. Raises ValueError naming a broken file."""
+    tokenizer = Tokenizer(Path(plan.config.model), vocab_size=plan.spec.vocab_size)
+    return replace(plan, eos_token_ids=tuple(sorted(tokenizer.eos_token_ids))), tokenizer
+
+
+def server_settings(plan: EnginePlan) -> ServerSettings:
+    config, moe = plan.config, plan.spec.moe
+    return ServerSettings(
+        model_name=plan.model_name,
+        max_seq_len=plan.max_seq_len,
+        max_batch_size=config.max_batch_size,
+        num_ranks=plan.layout.world_size,
+        num_moe_layers=len(plan.spec.moe_layers),
+        top_k=moe.routing.top_k if moe is not None else 0,
+        num_experts=moe.num_experts if moe is not None else 0,
+        config_hash=hashlib.sha256(repr(plan.config).encode()).hexdigest()[:10],
+        api_keys=tuple(key.strip() for key in (config.api_key or "").split(",") if key.strip()),
+        max_queued_requests=config.max_queued_requests,
+        max_queued_tokens=config.max_queued_tokens,
+        request_timeout=config.request_timeout,
+        drain_timeout=config.drain_timeout,
+        balance_replicas=config.attention_dp_config.enable_balance,
+        metrics_compat=config.metrics_compat,
+    )
+
+
+@contextlib.asynccontextmanager
+async def running_engine(
+    plan: EnginePlan, tokenizer: Tokenizer, settings: ServerSettings, place: RankPlace | None = None
+) -> AsyncIterator[Frontend]:
+    """Ranks that start, and the front-end that carries messages to them; on the way out no rank is left.
+
+    Raises RuntimeError with the first failed rank's traceback, after the body is done, when the engine died.
+    """
+    ranks = RankSet(plan, place)
+    frontend = Frontend(ranks, tokenizer, settings)
+    ranks.start()
+    carrying = asyncio.create_task(frontend.run(), name="frontend")
+    try:
+        yield frontend
+    finally:
+        carrying.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await carrying
+        await ranks.stop()
+    if ranks.failures:
+        raise RuntimeError(await ranks.cause())
+
+
+async def until_ready(frontend: Frontend) -> None:
+    """Return when every rank has its weights, or the engine is dead."""
+    while not frontend.all_ready and not frontend.dead.is_set():
+        await asyncio.sleep(READY_POLL_SECONDS)
+
+
+async def serve_http(
+    plan: EnginePlan, tokenizer: Tokenizer, listener: socket.socket, place: RankPlace | None = None
+) -> int:
+    """Serve until a signal or a failure; the exit code. Raises RuntimeError as running_engine does."""
+    settings = server_settings(plan)
+    async with running_engine(plan, tokenizer, settings, place) as frontend:
+        server = HttpServer(frontend, settings, listener)
+        server.handle_signals()
+        announcing = asyncio.create_task(_announce(frontend, plan, listener))
+        code = await server.serve()
+        announcing.cancel()
+    return code
+
+
+async def _announce(frontend: Frontend, plan: EnginePlan, listener: socket.socket) -> None:
+    await until_ready(frontend)
+    if not frontend.dead.is_set():
+        host, port = listener.getsockname()[:2]
+        print(f"moeserve is ready: {plan.model_name} on {plan.layout.world_size} ranks", flush=True)
+        print(f"  API      http://{host}:{port}/v1", flush=True)
+        print(f"  metrics  http://{host}:{port}/metrics", flush=True)

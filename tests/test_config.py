@@ -1,0 +1,185 @@
+"""Settings: what is read, and what each mistake is answered with."""
+
+import argparse
+from pathlib import Path
+
+import pytest
+import yaml
+
+from moeserve.config import EngineConfig, add_model_and_flags, parse, parse_arguments
+from moeserve.plan import check_local_ranks, describe, make_plan
+
+BAD_SETTINGS = [  # command line, and what the answer must name
+    (["--tensor-parallel-size", "0"], "tensor_parallel_size = 0: must be at least 1"),
+    (["--tensor-parallel-size", "-4"], "tensor_parallel_size = -4"),
+    (["--tensor-parallel-size", "two"], "tensor_parallel_size = 'two': must be a whole number"),
+    (["--tensor-parallel-size", "1.5"], "tensor_parallel_size = 1.5: must be a whole number"),
+    (["--tensor-parallel-size", "true"], "tensor_parallel_size = True"),
+    (["--tensor-parallel-size", "null"], "tensor_parallel_size = None"),
+    (["--tensor-parallel-size", "3"], "3"),
+    (["--tp-size", "4", "--moe-tensor-parallel-size", "3"], "must divide tensor_parallel_size = 4"),
+    (["--tp-size", "4", "--ep-size", "8"], "moe_expert_parallel_size = 8: must divide"),
+    (
+        ["--tp-size", "4", "--ep-size", "4", "--moe-tensor-parallel-size", "2"],
+        "must equal tensor_parallel_size",
+    ),
+    (
+        ["--tp-size", "4", "--attention-tensor-parallel-size", "2"],
+        "attention_tensor_parallel_size = 2: without",
+    ),
+    (
+        ["--tp-size", "4", "--enable-attention-dp", "--attention-tensor-parallel-size", "3"],
+        "attention_tensor_parallel_size = 3: must divide tensor_parallel_size = 4",
+    ),
+    (["--enable-attention-dp", "maybe"], "enable_attention_dp = 'maybe': must be true or false"),
+    (["--attention-dp-config.timeout-iters", "3"], "attention_dp_config: has no effect without"),
+    (["--pipeline-parallel-size", "2"], "pipeline_parallel_size = 2"),
+    (["--context-parallel-size", "2"], "context_parallel_size = 2"),
+    (["--dtype", "int8"], "dtype = 'int8': must be one of auto, float32, bfloat16"),
+    (["--device", "tpu"], "device = 'tpu': must be one of"),
+    (["--max-batch-size", "0"], "max_batch_size = 0"),
+    (["--max-num-tokens", "-1"], "max_num_tokens = -1"),
+    (["--max-seq-len", "1"], "max_seq_len = 1: must be at least 2"),
+    (["--max-seq-len", "4096"], "max_seq_len = 4096: the model knows 1024 positions"),
+    (["--port", "70000"], "port = 70000: must be from 0 to 65535"),
+    (
+        ["--kv-cache-config.free-gpu-memory-fraction", "0"],
+        "free_gpu_memory_fraction = 0.0: must be from 0.01",
+    ),
+    (["--kv-cache-config.free-gpu-memory-fraction", "1.5"], "free_gpu_memory_fraction = 1.5"),
+    (["--kv-cache-config.free-gpu-memory-fraction", ".nan"], "free_gpu_memory_fraction = nan"),
+    (["--kv-cache-config.tokens-per-block", "0"], "tokens_per_block = 0"),
+    (["--moe-config.all-to-all", "magic"], "moe_config.all_to_all = 'magic': must be one of"),
+    (["--moe-config.all-to-all", "one_sided"], "moe_config.all_to_all = one_sided: not in this version"),
+    (["--moe-config.load-balancer.num-slots", "31"], "num_slots = 31: must be at least 32"),
+    (["--tp-size", "4", "--moe-config.load-balancer.num-slots", "33"], "num_slots = 33"),
+    (
+        ["--moe-config.load-balancer.layer-updates-per-iter", "2"],
+        "layer_updates_per_iter = 2: online balancing",
+    ),
+    (["--moe-config.load-balancer.placement", "missing.json"], "missing.json"),
+    (["--moe-config.load-balancer.initial-global-assignments", "[1, 2]"], "must map layer ids"),
+    (["--moe-config.load-balancer.initial-global-assignments", "{1: [0, 1]}"], "has layers [1]"),
+    (["--moe-config.load-balancer.initial-global-assignments", "{one: [0, 1]}"], "'one' is no layer id"),
+    (["--config", "missing.yaml"], "missing.yaml: cannot be read"),
+    (["no/such/model"], "no/such/model"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "named"), BAD_SETTINGS, ids=[" ".join(a) for a, _ in BAD_SETTINGS])
+def test_a_bad_setting_is_named_with_its_value(arguments: list[str], named: str) -> None:
+    with pytest.raises(ValueError) as failure:
+        make_plan(
+            parse_arguments([*arguments, "--device", "cpu"] if "--device" not in arguments else arguments)
+        )
+    assert named in str(failure.value)
+    assert "\n" not in str(failure.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("tensor_paralel_size: 4", "tensor_paralel_size: unknown setting; known are"),
+        ("moe_config: {load_balancer: {slots: 3}}", "moe_config.load_balancer.slots: unknown setting"),
+        ("moe_config: 3", "moe_config = 3: must be a table"),
+        ("- 1", "must be a table of settings, is list"),
+        ("a: [", "not YAML"),
+        ("port: '80'", "port = '80': must be a whole number"),
+        ("served_model_name: 3", "served_model_name = 3: must be text"),
+        ("moe_config: {load_balancer: {initial_global_assignments: {1: [a]}}}", "layer 1 has ['a']"),
+    ],
+)
+def test_a_bad_file_is_named(text: str, named: str, tmp_path: Path) -> None:
+    file = tmp_path / "engine.yaml"
+    file.write_text(text)
+    with pytest.raises(ValueError) as failure:
+        parse_arguments(["--config", str(file)])
+    assert named in str(failure.value)
+
+
+def test_flags_win_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "engine.yaml"
+    file.write_text(
+        "tensor_parallel_size: 2\nport: 9000\nkv_cache_config: {tokens_per_block: 16, max_tokens: 640}"
+    )
+    config = parse_arguments(["--config", str(file), "--port", "9001", "--kv-cache-config.max-tokens", "320"])
+    assert (config.tensor_parallel_size, config.port) == (2, 9001)
+    assert (config.kv_cache_config.tokens_per_block, config.kv_cache_config.max_tokens) == (16, 320)
+
+
+def test_every_spelling_of_a_flag() -> None:
+    for flag in ("--tensor-parallel-size", "--tensor_parallel_size", "--tp-size", "--tp_size"):
+        assert parse_arguments([flag, "4"]).tensor_parallel_size == 4
+    assert parse_arguments(["--enable-attention-dp"]).enable_attention_dp
+    assert not parse_arguments(["--enable_attention_dp", "false"]).enable_attention_dp
+    assert parse_arguments(["--served-model-name", "123"]).served_model_name == "123"
+
+
+def test_the_contract_s_example_is_read() -> None:
+    example = """
+tensor_parallel_size: 8
+enable_attention_dp: true
+attention_tensor_parallel_size: 1
+moe_tensor_parallel_size: 1
+moe_expert_parallel_size: 8
+pipeline_parallel_size: 1
+context_parallel_size: 1
+dtype: auto
+device: auto
+max_batch_size: 256
+max_num_tokens: 8192
+max_seq_len: null
+enable_chunked_prefill: true
+attention_dp_config: {enable_balance: true, timeout_iters: 50, batching_wait_iters: 10}
+kv_cache_config: {free_gpu_memory_fraction: 0.9, tokens_per_block: 32, enable_block_reuse: true, max_tokens: null}
+moe_config: {all_to_all: auto, load_balancer: {num_slots: 40}}
+host: 127.0.0.1
+port: 8000
+api_key: null
+"""
+    plan = make_plan(parse(EngineConfig, yaml.safe_load(example)))
+    assert (plan.layout.dp, plan.layout.ep, plan.layout.etp) == (8, 8, 1)
+    assert plan.num_slots == 40
+    assert "8 replicas of 1 ranks" in describe(plan)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "dp", "tp", "ep", "etp"),
+    [
+        (["--tp-size", "8", "--enable-attention-dp"], 8, 1, 8, 1),
+        (["--tp-size", "8", "--ep-size", "8"], 1, 8, 8, 1),
+        (["--tp-size", "8", "--moe-tensor-parallel-size", "8"], 1, 8, 1, 8),
+        (["--tp-size", "8", "--moe-tensor-parallel-size", "4", "--ep-size", "2"], 1, 8, 2, 4),
+        (["--tp-size", "8", "--enable-attention-dp", "--attention-tensor-parallel-size", "2"], 4, 2, 8, 1),
+    ],
+)
+def test_layouts_of_the_field(
+    arguments: list[str], dp: int, tp: int, ep: int, etp: int, tmp_path: Path
+) -> None:
+    config = qwen3_moe_config(tmp_path)
+    layout = make_plan(parse_arguments([str(config), *arguments])).layout
+    assert (layout.dp, layout.tp, layout.ep, layout.etp) == (dp, tp, ep, etp)
+
+
+def qwen3_moe_config(directory: Path) -> Path:
+    """A model directory with a config.json alone: enough for a plan."""
+    (directory / "config.json").write_text(
+        '{"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "hidden_size": 64, "vocab_size": 128, '
+        '"num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 8, '
+        '"intermediate_size": 64, "moe_intermediate_size": 32, "num_experts": 16, "num_experts_per_tok": 2, '
+        '"norm_topk_prob": true, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "max_position_embeddings": 512, '
+        '"decoder_sparse_step": 1, "mlp_only_layers": [], "tie_word_embeddings": false}'
+    )
+    return directory
+
+
+def test_more_ranks_than_sense(tmp_path: Path) -> None:
+    plan = make_plan(parse_arguments([str(qwen3_moe_config(tmp_path)), "--tp-size", "8", "--device", "cpu"]))
+    with pytest.raises(ValueError, match="tensor_parallel_size = 100000: this host has"):
+        check_local_ranks(plan, 100_000)
+
+
+def test_every_setting_has_a_line_of_help() -> None:
+    parser = argparse.ArgumentParser()
+    add_model_and_flags(parser)
+    assert all(action.help for action in parser._actions)
