@@ -1,4 +1,4 @@
-"""Text to tokens and back: a model directory's tokenizer and chat template, incremental decoding, stop strings.
+"""Text to tokens and back: a model directory's tokenizer and template, incremental decoding, stop strings.
 
 Knows files and strings; nothing of requests, sequences or HTTP.
 """
@@ -17,8 +17,8 @@ import jinja2.sandbox
 import tokenizers
 
 REPLACEMENT = "\ufffd"
-# A character of UTF-8 is at most four tokens; text that stays undecodable longer is really broken.
-MAX_HELD_TOKENS = 8
+MAX_HELD = 7  # undecodable characters: a split one shows as at most three, more are really broken
+MAX_CONTEXT = 32  # tokens
 
 
 @dataclass(frozen=True)
@@ -152,37 +152,38 @@ class IncrementalDecoder:
     Text that may still change with the next token (a UTF-8 character split over tokens) is held back.
     """
 
-    __slots__ = ("_backend", "_ids", "_prefix", "_skip", "_window")
+    __slots__ = ("_backend", "_context", "_ids", "_shown", "_skip")
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
         self._backend = tokenizer.backend
         self._skip = skip_special_tokens
-        self._ids: list[int] = []  # the last piece's tokens, decoded again as context, then the new ones
-        self._window = 0  # how many of _ids are context
-        self._prefix = ""  # text of the context
+        self._ids: list[int] = []  # tokens of pieces already shown, as context for decoding, then new ones
+        self._context = 0  # how many are context
+        self._shown = 0  # characters of their text that have been given out
 
     def push(self, ids: Sequence[int]) -> str:
-        """Text that these tokens add and that is final. One step's tokens at a time."""
+        """Text that these tokens add and that is final. Best with one step's tokens at a time."""
         if not ids:
             return ""
         self._ids.extend(ids)
         text: str = self._backend.decode(self._ids, skip_special_tokens=self._skip)
-        if text.endswith(REPLACEMENT) and len(self._ids) - self._window < MAX_HELD_TOKENS:
-            return ""
+        final = len(text.rstrip(REPLACEMENT))
+        if final < len(text) <= final + MAX_HELD:
+            new = text[self._shown : final]
+            self._shown = max(self._shown, final)
+            return new
         return self._take(text)
 
     def flush(self) -> str:
         """What is still held back, after the last token."""
-        if len(self._ids) == self._window:
-            return ""
         return self._take(self._backend.decode(self._ids, skip_special_tokens=self._skip))
 
     def _take(self, text: str) -> str:
-        new = text[len(self._prefix) :]
-        if new or len(self._ids) > 4 * MAX_HELD_TOKENS:  # special tokens alone make no text
-            self._ids = self._ids[self._window :]
-            self._window = len(self._ids)
-            self._prefix = self._backend.decode(self._ids, skip_special_tokens=self._skip)
+        new = text[self._shown :]
+        if new or len(self._ids) > MAX_CONTEXT:  # special tokens alone make no text
+            self._ids = self._ids[self._context :]
+            self._context = len(self._ids)
+            self._shown = len(self._backend.decode(self._ids, skip_special_tokens=self._skip))
         return new
 
 

@@ -147,8 +147,9 @@ class Running:
         return asyncio.run_coroutine_threadsafe(inside(), self.loop).result(10)
 
     def client(self, **options: Any) -> openai.OpenAI:
-        options = {"api_key": "none", "max_retries": 0, "timeout": 20, **options}
-        return openai.OpenAI(base_url=f"{self.url}/v1", _strict_response_validation=True, **options)
+        strict = {"_strict_response_validation": True}
+        options = {"api_key": "none", "max_retries": 0, "timeout": 20, **strict, **options}
+        return openai.OpenAI(base_url=f"{self.url}/v1", **options)
 
     def wait_ready(self) -> None:
         for _ in range(500):
