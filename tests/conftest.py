@@ -1,4 +1,4 @@
-"""Fixtures that several parts' tests share."""
+"""Fixtures and settings that several parts' tests share."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
 import pytest
+from hypothesis import settings
 
 from moeserve.comm.spawn import RankPool
+
+settings.register_profile("moeserve", deadline=None)  # other work on the machine must not fail a test
+settings.load_profile("moeserve")
 
 
 @pytest.fixture(scope="session")
