@@ -64,7 +64,7 @@ def test_wheel_claims_one_name(wheel: Path) -> None:
 
 
 def test_wheel_holds_every_source_file(wheel: Path) -> None:
-    """Nothing else would notice a folder without `__init__.py`, or a kind of file left out of package data."""
+    """Nothing else would notice a folder without `__init__.py`, or a kind of file missing in package data."""
     packed = set(zipfile.ZipFile(wheel).namelist())
     on_disk = {
         str(Path(folder, name).relative_to(REPOSITORY))
