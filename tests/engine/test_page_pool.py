@@ -1,4 +1,4 @@
-"""The page pool as pure data: hand-made cases, then random walks with every invariant checked after each action."""
+"""The page pool as pure data: hand-made cases, then random walks with all invariants checked at each step."""
 
 from array import array
 
