@@ -25,12 +25,6 @@ INLINE FN(chunk) FN(load_chunk)(const elem *p) { return FN(load)(p); }
 INLINE vf FN(multiply_add)(FN(chunk) a, FN(chunk) b, vf sum) { return fma_vf(a, b, sum); }
 #endif
 
-INLINE FN(chunk) FN(load_chunk_n)(const elem *p, long n) {
-    elem padded[STEP] = {0};
-    memcpy(padded, p, (size_t)n * sizeof *p);
-    return FN(load_chunk)(padded);
-}
-
 /* out[r * out_stride + c] = a[r] . b[c] for `rows` rows (a constant after inlining) and TILE_COLUMNS columns. */
 INLINE void FN(dot_tile)(const int rows, const elem *const *a, const elem *const *b, long k, float *out,
                          long out_stride) {
@@ -50,13 +44,19 @@ INLINE void FN(dot_tile)(const int rows, const elem *const *a, const elem *const
         }
     }
     if (i < k) {
-        for (int r = 0; r < rows; r++)
-            for (int c = 0; c < TILE_COLUMNS; c++)
-                sum[r][c] = FN(multiply_add)(FN(load_chunk_n)(row[r] + i, k - i),
-                                             FN(load_chunk_n)(column[c] + i, k - i), sum[r][c]);
-    }
+        elem row_end[TILE_ROWS][STEP] = {{0}}, column_end[TILE_COLUMNS][STEP] = {{0}};
+        for (int r = 0; r < rows; r++) memcpy(row_end[r], row[r] + i, (size_t)(k - i) * sizeof(elem));
+        for (int c = 0; c < TILE_COLUMNS; c++) memcpy(column_end[c], column[c] + i, (size_t)(k - i) * sizeof(elem));
 #pragma GCC unroll 6
-    for (int r = 0; r < rows; r++) sum_lanes_4(sum[r], out + r * out_stride);
+        for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+            for (int c = 0; c < TILE_COLUMNS; c++)
+                sum[r][c] = FN(multiply_add)(FN(load_chunk)(row_end[r]), FN(load_chunk)(column_end[c]), sum[r][c]);
+    }
+    int done = 0;
+    if (rows >= 4) sum_lanes_16((const vf(*)[TILE_COLUMNS])sum, out, out_stride), done = 4;
+#pragma GCC unroll 3
+    for (int r = done; r < rows; r++) sum_lanes_4(sum[r], out + r * out_stride);
 }
 
 static void FN(dot_rows)(int rows, const elem *const *a, const elem *const *b, long k, float *out, long out_stride) {

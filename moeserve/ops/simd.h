@@ -59,24 +59,50 @@ INLINE vf fma_vf(vf a, vf b, vf c) {
 #endif
 }
 
-/* Sums of the lanes of four vectors. The order of the additions is fixed: every dot product ends here. */
-INLINE void sum_lanes_4(const vf v[4], float out[4]) {
-#if defined(USE_AVX512) || defined(USE_AVX2)
-    __m256 half[4];
-    for (int i = 0; i < 4; i++) {
+/* Sums of the lanes of four vectors. The order of the additions is fixed, here and in sum_lanes_16: every dot product
+ * ends in one of the two. */
 #if defined(USE_AVX512)
-        __m512 wide = (__m512)v[i];
-        half[i] = _mm256_add_ps(_mm512_castps512_ps256(wide), _mm512_extractf32x8_ps(wide, 1));
+/* Four vectors into one whose every quarter holds a part of (a, b, c, d): lanes 0 + 2, then with 1 + 3. */
+INLINE __m512 sum_quarters(const vf v[4]) {
+    __m512 a = (__m512)v[0], b = (__m512)v[1], c = (__m512)v[2], d = (__m512)v[3];
+    __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    __m512d low = _mm512_unpacklo_pd((__m512d)ab, (__m512d)cd), high = _mm512_unpackhi_pd((__m512d)ab, (__m512d)cd);
+    return _mm512_add_ps((__m512)low, (__m512)high);
+}
+
+INLINE void sum_lanes_4(const vf v[4], float out[4]) {
+    __m512 quarters = sum_quarters(v);
+    __m256 half = _mm256_add_ps(_mm512_castps512_ps256(quarters), _mm512_extractf32x8_ps(quarters, 1));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+}
+
+/* Four rows of four at once: half the shuffles. */
+INLINE void sum_lanes_16(const vf v[4][4], float *out, long stride) {
+    __m512 a = sum_quarters(v[0]), b = sum_quarters(v[1]), c = sum_quarters(v[2]), d = sum_quarters(v[3]);
+    __m512 ab = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+    __m512 cd = _mm512_add_ps(_mm512_shuffle_f32x4(c, d, 0x44), _mm512_shuffle_f32x4(c, d, 0xee));
+    __m512 all = _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd));
+    _mm_storeu_ps(out, _mm512_castps512_ps128(all));
+    _mm_storeu_ps(out + stride, _mm512_extractf32x4_ps(all, 1));
+    _mm_storeu_ps(out + 2 * stride, _mm512_extractf32x4_ps(all, 2));
+    _mm_storeu_ps(out + 3 * stride, _mm512_extractf32x4_ps(all, 3));
+}
 #else
-        half[i] = (__m256)v[i];
-#endif
-    }
-    __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(half[0], half[1]), _mm256_hadd_ps(half[2], half[3]));
+INLINE void sum_lanes_4(const vf v[4], float out[4]) {
+#if defined(USE_AVX2)
+    __m256 ab = _mm256_hadd_ps((__m256)v[0], (__m256)v[1]), cd = _mm256_hadd_ps((__m256)v[2], (__m256)v[3]);
+    __m256 pairs = _mm256_hadd_ps(ab, cd);
     _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
 #else
     for (int i = 0; i < 4; i++) out[i] = (v[i][0] + v[i][1]) + (v[i][2] + v[i][3]);
 #endif
 }
+
+INLINE void sum_lanes_16(const vf v[4][4], float *out, long stride) {
+    for (int r = 0; r < 4; r++) sum_lanes_4(v[r], out + r * stride);
+}
+#endif
 
 INLINE float sum_lanes(vf v) {
     vf four[4] = {v};
