@@ -81,10 +81,10 @@ class HttpServer:
         return 1 if self._frontend.dead.is_set() else 0
 
     def stop(self) -> None:
-        """First call: drain. Second: end at once."""
+        """First call: drain. Second: end at once; who still waits gets an error."""
         if self._stop.is_set():
+            self._frontend.end_all()
             self._server.force_exit = True
-            self._server.should_exit = True
         self._frontend.draining = True
         self._stop.set()
 
@@ -100,7 +100,10 @@ class HttpServer:
         limit = self._settings.drain_timeout
         loop = asyncio.get_running_loop()
         deadline = None if limit is None else loop.time() + limit
-        while self.guard.active and not self._frontend.dead.is_set() and not self._server.force_exit:
+        while self.guard.active and not self._frontend.dead.is_set():
+            if self._server.force_exit:
+                await asyncio.sleep(POLL_SECONDS)  # for the errors to leave
+                return
             if deadline is not None and loop.time() > deadline:
                 log.warning("ending %d requests that did not finish in %g s", self.guard.active, limit)
                 self._frontend.end_all()

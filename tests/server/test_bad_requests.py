@@ -119,7 +119,7 @@ def test_refused(
     right: dict[str, Any] = {"model": "toy/model"}
     right |= {"messages": USER} if path == CHAT else {"prompt": "Hi"}
     body = {key: value for key, value in {**right, **change}.items() if value is not ...}
-    error = check_error(httpx.post(server.url + path, json=body), status, said)
+    error = check_error(server.web.post(path, json=body), status, said)
     if param is not None:
         assert error["param"] == param
     assert error["type"] == "invalid_request_error"
@@ -147,7 +147,7 @@ def test_refused_before_it_is_a_request(
     server: Any, method: str, path: str, content: bytes | None, status: int, said: str
 ) -> None:
     headers = {"content-type": "application/json"}
-    response = httpx.request(method, server.url + path, content=content, headers=headers)
+    response = server.web.request(method, path, content=content, headers=headers)
     check_error(response, status, said)
     assert (status == 405) == ("allow" in response.headers)
 
