@@ -1,8 +1,9 @@
-"""Tiny random checkpoints of each family, saved by transformers, and the logits that transformers gives for them."""
+"""Tiny random checkpoints of each family, saved by transformers, and transformers' logits for them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+
+import moeserve
 
 LENGTHS = (13, 9, 11, 6, 10)
 """Tokens of the test sequences."""
@@ -111,9 +114,13 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def sequences(vocab_size: int) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(5)
-    return [torch.randint(vocab_size, (n,), generator=generator).tolist() for n in LENGTHS]
+@dataclass(frozen=True)
+class Oracle:
+    """A checkpoint, sequences of token ids, and transformers' float32 logits [length, vocab] of each."""
+
+    path: Path
+    tokens: list[list[int]]
+    logits: list[Tensor]
 
 
 def make_model(family: str) -> Any:
@@ -137,20 +144,30 @@ def make_model(family: str) -> Any:
 
 
 @torch.no_grad()
-def transformers_logits(model: Any) -> list[Tensor]:
-    """float32 [length, vocab] of each test sequence."""
-    return [model(torch.tensor([tokens])).logits[0].float() for tokens in sequences(model.config.vocab_size)]
+def ask(model: Any, path: Path) -> Oracle:
+    """The oracle of random sequences of LENGTHS tokens."""
+    generator = torch.Generator().manual_seed(5)
+    vocab = model.config.vocab_size
+    tokens = [torch.randint(vocab, (n,), generator=generator).tolist() for n in LENGTHS]
+    return Oracle(path, tokens, [model(torch.tensor([row])).logits[0].float() for row in tokens])
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, list[Tensor]]]:
-    """tiny(family): the checkpoint's directory, and transformers' logits of `sequences`."""
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
+    """tiny(family): the Oracle of a tiny random model of the family; "embedded" is the shipped one."""
 
     @cache
-    def make(family: str) -> tuple[Path, list[Tensor]]:
+    def make(family: str) -> Oracle:
+        import transformers
+
+        transformers.utils.logging.disable_progress_bar()
+        if family == "embedded":
+            path = Path(moeserve.__file__).parent / "tiny_model"
+            model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+            return ask(model, path)
         path = tmp_path_factory.mktemp(family)
         model = make_model(family)
         model.save_pretrained(path)
-        return path, transformers_logits(model)
+        return ask(model, path)
 
     return make

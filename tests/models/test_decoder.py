@@ -1,4 +1,4 @@
-"""Logits of every family in every layout against transformers, through the real loader and the paged cache."""
+"""Logits of every family in every layout against transformers, by the real loader and the paged cache."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from moeserve.moe.expert_map import ExpertMap
 from moeserve.stats.expert_load import ExpertLoad
 
 GetPool = Callable[[int], RankPool]
-Tiny = Callable[[str], tuple[Path, list[Tensor]]]
+Tiny = Callable[[str], Any]  # family -> conftest.Oracle
 
 PAGE_SIZE, PAGES = 4, 24
-# chunks[step][sequence]: new tokens of each sequence in each step: whole prefills, chunked ones, decodes, late starts
+# new tokens [step][sequence]: whole and chunked prefills, decodes, late starts
 CHUNKS = ((13, 4, 0, 0, 7), (0, 3, 9, 5, 1), (0, 1, 1, 1, 1), (0, 1, 1, 0, 1))
 TOLERANCE = 1e-4
 
@@ -138,26 +138,19 @@ def run_cases(rank: int, path: Path, cases: Sequence[Case], tokens: Any, expecte
     return [run_case(rank, path, case, tokens, expected) for case in cases]
 
 
-def check(
-    path: Path, expected: list[Tensor], cases: Sequence[Case], pool: GetPool | None, size: int
-) -> float:
-    """Run the cases on `size` ranks; returns the largest relative error."""
-    tokens = sequences(expected[0].shape[1])
-    if size == 1:
-        by_rank = [run_cases(0, path, cases, tokens, expected)]
-    else:
-        assert pool is not None
-        by_rank = pool(size).run(run_cases, path, cases, tokens, expected, timeout=120)
+def check(oracle: Any, cases: Sequence[Case], pool: GetPool, size: int) -> None:
+    """Run the cases on `size` ranks and compare logits, experts between layouts and ranks, and counters."""
+    args = (oracle.path, cases, oracle.tokens, oracle.logits)
+    by_rank = [run_cases(0, *args)] if size == 1 else pool(size).run(run_cases, *args, timeout=120)
+    errors = [max(rank[number][0] for rank in by_rank) for number in range(len(cases))]
+    print(f"{oracle.path.name} {size} ranks: largest error {max(errors):.1e} of the largest logit")
     for number, case in enumerate(cases):
-        results = [rank[number] for rank in by_rank]
-        error = max(result[0] for result in results)
-        assert error <= TOLERANCE, f"{case}: {error}"
+        assert errors[number] <= TOLERANCE, f"{case}: {errors[number]}"
         chosen: dict[tuple[int, int], list[list[int]]] = {}
-        for _, part, _ in results:
-            assert all(chosen.setdefault(key, value) == value for key, value in part.items()), case
+        for rank in by_rank:
+            assert all(chosen.setdefault(key, value) == value for key, value in rank[number][1].items()), case
         if chosen:
-            check_load(case, chosen, sum(result[2] for result in results))
-    return max(result[0] for rank in by_rank for result in rank)
+            check_load(case, chosen, sum(rank[number][2] for rank in by_rank))
 
 
 def check_load(case: Case, chosen: dict[tuple[int, int], list[list[int]]], counts: Tensor) -> None:
@@ -174,19 +167,70 @@ def check_load(case: Case, chosen: dict[tuple[int, int], list[list[int]]], count
     assert got == dict(wanted), case
 
 
-def sequences(vocab_size: int) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(5)
-    lengths = [sum(chunks) for chunks in zip(*CHUNKS, strict=True)]
-    return [torch.randint(vocab_size, (n,), generator=generator).tolist() for n in lengths]
+MOE_FAMILIES = ("deepseek_v2", "deepseek_v2_groups", "deepseek_v3", "qwen3_moe", "mixtral")
+DENSE_FAMILIES = ("llama", "qwen3")
+
+LOCAL = [Case(), Case(redundant=5)]
+TWO_RANKS = [
+    Case({"tp": 2}),
+    Case({"tp": 2}, redundant=4, dispatcher="gather"),
+    Case({"tp": 2, "etp": 2}, redundant=3),
+    Case({"dp": 2}, redundant=2),
+    Case({"dp": 2}, dispatcher="gather", replicas=(0, 0, 0, 0, 0)),  # the other replica never has a token
+    Case({"dp": 2, "etp": 2}),
+]
+FOUR_RANKS = [
+    Case({"tp": 4}, redundant=4),
+    Case({"tp": 4, "etp": 4}),
+    Case({"tp": 4, "etp": 2}, redundant=2),
+    Case({"tp": 4, "etp": 2}, redundant=2, dispatcher="gather"),
+    Case({"dp": 4}, redundant=8),
+    Case({"dp": 4}, redundant=4, dispatcher="gather", replicas=(2, 2, 0, 2, 3)),
+    Case({"dp": 4, "etp": 2}, replicas=(1, 1, 1, 2, 2)),
+    Case({"dp": 4, "etp": 4}),
+    Case({"dp": 2, "tp": 2}, redundant=4),
+    Case({"dp": 2, "tp": 2}, redundant=4, dispatcher="gather", replicas=(1, 1, 1, 1, 1)),
+    Case({"dp": 2, "tp": 2, "etp": 2}, redundant=2),
+    Case({"dp": 2, "tp": 2, "etp": 4}, replicas=(1, 0, 0, 0, 0)),
+]
+EIGHT_RANKS = [
+    Case({"dp": 8}, redundant=8),
+    Case({"dp": 4, "tp": 2, "etp": 2}, redundant=4, dispatcher="gather"),
+    Case({"dp": 2, "tp": 4, "etp": 4}, redundant=2),
+]
+DENSE = {2: [Case({"tp": 2}), Case({"dp": 2})], 4: [Case({"tp": 4}), Case({"dp": 2, "tp": 2})]}
 
 
-FAMILIES = ("deepseek_v2", "deepseek_v2_groups", "deepseek_v3", "qwen3_moe", "mixtral", "llama", "qwen3")
-MOE_FAMILIES = FAMILIES[:5]
+@pytest.mark.parametrize("family", [*MOE_FAMILIES, "embedded"])
+def test_moe_on_one_rank(family: str, tiny: Tiny, rank_pool: GetPool) -> None:
+    check(tiny(family), LOCAL, rank_pool, 1)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_one_rank(family: str, tiny: Tiny) -> None:
-    path, expected = tiny(family)
-    moe = family in MOE_FAMILIES
-    error = check(path, expected, [Case(), Case(redundant=5)] if moe else [Case()], None, 1)
-    print(f"{family}: {error:.1e}")
+@pytest.mark.parametrize("family", DENSE_FAMILIES)
+def test_dense_on_one_rank(family: str, tiny: Tiny, rank_pool: GetPool) -> None:
+    check(tiny(family), LOCAL[:1], rank_pool, 1)
+
+
+@pytest.mark.multi_rank
+@pytest.mark.parametrize("size", DENSE)
+@pytest.mark.parametrize("family", DENSE_FAMILIES)
+def test_dense_on_several_ranks(family: str, size: int, tiny: Tiny, rank_pool: GetPool) -> None:
+    check(tiny(family), DENSE[size], rank_pool, size)
+
+
+@pytest.mark.multi_rank
+@pytest.mark.parametrize("family", MOE_FAMILIES)
+def test_moe_on_two_ranks(family: str, tiny: Tiny, rank_pool: GetPool) -> None:
+    check(tiny(family), TWO_RANKS, rank_pool, 2)
+
+
+@pytest.mark.multi_rank
+@pytest.mark.parametrize("family", [*MOE_FAMILIES, "embedded"])
+def test_moe_on_four_ranks(family: str, tiny: Tiny, rank_pool: GetPool) -> None:
+    check(tiny(family), FOUR_RANKS, rank_pool, 4)
+
+
+@pytest.mark.slow
+@pytest.mark.multi_rank
+def test_moe_on_eight_ranks(tiny: Tiny, rank_pool: GetPool) -> None:
+    check(tiny("deepseek_v3"), EIGHT_RANKS, rank_pool, 8)
