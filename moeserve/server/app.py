@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import msgspec
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Path, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
@@ -126,7 +126,9 @@ def _add_openai_routes(app: FastAPI, frontend: Frontend, settings: ServerSetting
         return _json({"object": "list", "data": [card()]})
 
     @app.get("/v1/models/{model:path}", response_model=openai.ModelCard, responses=listed)
-    async def retrieve_model(model: str) -> Response:
+    async def retrieve_model(
+        model: str = Path(json_schema_extra={"enum": [settings.model_name]}),
+    ) -> Response:
         if model != settings.model_name:
             raise ApiError(
                 404,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -199,6 +200,12 @@ def be_client(url: str, signals: int) -> dict[str, Any]:
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
         return {"error": repr(error)}
+
+
+def test_answers_do_not_wait_for_acknowledgements() -> None:
+    listener = bind("127.0.0.1", 0)
+    assert listener.proto == socket.IPPROTO_TCP  # else asyncio leaves Nagle's algorithm on: 40 ms an answer
+    listener.close()
 
 
 def test_a_port_in_use_is_named(server: Any) -> None:
