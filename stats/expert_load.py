@@ -17,6 +17,7 @@ class ExpertLoad:
         self.num_experts = num_experts
         # two phases of E counts, and one place where padding falls
         self._counts = torch.zeros(num_layers, 2 * num_experts + 1, dtype=torch.int64, device=device)
+        self._offsets = torch.empty(0, 1, dtype=torch.int64, device=device)
 
     @property
     def prefill(self) -> Tensor:
@@ -28,13 +29,14 @@ class ExpertLoad:
         """int64 [L, E], a view."""
         return self._counts[:, self.num_experts : 2 * self.num_experts]
 
-    def add(self, layer: int, experts: Tensor, valid: Tensor, decode: Tensor) -> None:
-        """Count experts int64 [T, K] of one layer;
+    def begin_step(self, valid: Tensor, decode: Tensor) -> None:
+        """valid, decode: bool [T], the rows of the coming step that are real, and those that decode."""
+        offsets = decode * self.num_experts
+        self._offsets = offsets.masked_fill(~valid, 2 * self.num_experts).unsqueeze(1)
 
-        valid, decode bool [T]: rows that are real, that decode.
-        """
-        place = experts + decode.unsqueeze(1) * self.num_experts
-        place = place.where(valid.unsqueeze(1), 2 * self.num_experts).flatten()
+    def add(self, layer: int, experts: Tensor) -> None:
+        """Count experts int64 [T, K] that one layer chose for the step's rows."""
+        place = (experts + self._offsets).clamp_(max=2 * self.num_experts).flatten()
         self._counts[layer].scatter_add_(0, place, torch.ones_like(place))
 
     def reset(self) -> None:

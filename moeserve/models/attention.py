@@ -95,8 +95,9 @@ class MultiHeadLatentAttention:
             self.q_norm = RmsNorm(context, f"{prefix}.q_a_layernorm", rank, eps)
             self.q = ColumnLinear(context, rank, [Rows(f"{prefix}.q_b_proj", q_rows, kept)])
         self.kv_norm = RmsNorm(context, f"{prefix}.kv_a_layernorm", spec.kv_lora_rank, eps)
-        # of each head: the rows that make keys, then those that make values
-        self.kv_b = context.empty(self._heads, spec.nope_dim + spec.value_dim, spec.kv_lora_rank)
+        # kv_b_proj makes a head's keys and values from the latent; queries need its transpose
+        self.to_latent = context.empty(self._heads, spec.kv_lora_rank, spec.nope_dim)
+        self.from_latent = context.empty(self._heads, spec.value_dim, spec.kv_lora_rank)
         v_columns = spec.num_heads * spec.value_dim
         self.output = RowLinear(context, f"{prefix}.o_proj", v_columns, hidden, spec.bias)
 
@@ -108,12 +109,9 @@ class MultiHeadLatentAttention:
         key_rope = ops.rope(key_rope.unsqueeze(1), batch.positions, cos_sin, self._interleaved)
         keys = torch.cat((self.kv_norm(latent).unsqueeze(1), key_rope), dim=2)  # [T, 1, kv_lora + rope]
         ops.write_kv(cache[0], keys, batch.kv_slots)
-        to_latent, from_latent = torch.split(self.kv_b, [spec.nope_dim, spec.value_dim], dim=1)
-        q_latent = torch.bmm(q_nope.transpose(0, 1), to_latent).transpose(0, 1)  # [T, heads, kv_lora]
-        q = torch.cat((q_latent, q_rope), dim=2)
+        q = torch.cat((ops.head_linear(q_nope, self.to_latent), q_rope), dim=2)  # [T, heads, kv_lora + rope]
         out = ops.paged_attention(q, cache[0], cache[0][..., : spec.kv_lora_rank], batch, spec.scale, None)
-        values = torch.bmm(out.transpose(0, 1), from_latent.transpose(1, 2)).transpose(0, 1)
-        return self.output(values.flatten(1))
+        return self.output(ops.head_linear(out, self.from_latent).flatten(1))
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q [T, heads, nope + rope], latent [T, kv_lora] before its norm, key [T, rope] before rotation."""
@@ -135,12 +133,14 @@ class MultiHeadLatentAttention:
         if self.q_norm is not None:
             yield from self.q_norm.pieces()
         yield from self.kv_norm.pieces()
-        total = self._spec.num_heads * (self._spec.nope_dim + self._spec.value_dim)
-        shape = (total, self._spec.kv_lora_rank)
-        kept = share(total, self._tp.rank, self._tp.size)
-        yield Piece(
-            f"{self._prefix}.kv_b_proj.weight", shape, (kept, slice(None)), (self.kv_b.flatten(0, 1),)
-        )
+        name, height = f"{self._prefix}.kv_b_proj.weight", self._spec.nope_dim + self._spec.value_dim
+        shape = (self._spec.num_heads * height, self._spec.kv_lora_rank)
+        for head in range(self._heads):
+            start = (self._tp.rank * self._heads + head) * height
+            middle = start + self._spec.nope_dim
+            keys, values = slice(start, middle), slice(middle, start + height)
+            yield Piece(name, shape, (keys, slice(None)), (self.to_latent[head].T,))
+            yield Piece(name, shape, (values, slice(None)), (self.from_latent[head],))
         yield from self.output.pieces()
 
 

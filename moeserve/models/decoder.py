@@ -65,6 +65,7 @@ class Decoder:
         check_layout(spec, mesh.layout)
         self.spec = spec
         self.expert_map = expert_map
+        self._load = load
         self._dispatcher = dispatcher if mesh.ep.size > 1 else None
         self._context = LayerContext(mesh, ops or choose_ops(device), dtype, torch.device(device))
         context = self._context
@@ -102,21 +103,26 @@ class Decoder:
         """
         tp = self._context.mesh.tp
         rows = step_rows(batch, self._context)
-        if self._dispatcher is not None:
-            self._dispatcher.begin_step(rows.ep_sizes)
+        self._begin_step(rows)
         hidden, residual = self.embedding(batch.token_ids), None
         chosen: list[Tensor] = []
         for layer, cache in zip(self.layers, kv_cache, strict=True):
             hidden, residual, experts = layer(hidden, residual, batch, rows, cache, self.cos_sin)
             if experts is not None and batch.want_experts:
                 chosen.append(experts)
-        if self.expert_map is not None:
-            self.expert_map.advance()
         normed, _ = self.norm.add(hidden, residual)
         logits = self.head(tp.all_gather(normed)[batch.logit_rows])
         if not chosen:
             return ForwardResult(logits)
         return ForwardResult(logits, tp.all_gather(torch.stack(chosen, dim=1).to(torch.int16)))
+
+    def _begin_step(self, rows: StepRows) -> None:
+        if self.expert_map is not None:
+            self.expert_map.begin_step(rows.valid)
+        if self._load is not None:
+            self._load.begin_step(rows.valid, rows.decode)
+        if self._dispatcher is not None:
+            self._dispatcher.begin_step(rows.ep_sizes)
 
     def new_kv_cache(self, num_pages: int, page_size: int) -> list[Tensor]:
         """One zeroed cache a layer, shaped as kv_cache_shape says."""

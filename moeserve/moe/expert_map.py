@@ -24,8 +24,9 @@ class ExpertMap:
         self.topology = topology
         self.source_rank = source_rank
         table = RoutingTable.even(placement, source_rank, topology)
-        self._table = torch.tensor(table.slots, device=device)  # int16 [L, E, C]
+        self._table = torch.tensor(table.slots, dtype=torch.int64, device=device)  # [L, E, C]
         self._rotation = 0
+        self._columns = self._padding = torch.empty(0, 1, dtype=torch.int64, device=device)
 
     @property
     def generation(self) -> int:
@@ -35,15 +36,21 @@ class ExpertMap:
     def digest(self) -> str:
         return self.placement.digest
 
-    def look_up(self, layer: int, experts: Tensor) -> Tensor:
-        """experts int64 [T, K] -> slots int64 [T, K]: token t of the step uses column (t + rotation) % C."""
-        columns = torch.arange(experts.shape[0], device=experts.device) + self._rotation
-        columns = (columns % self._table.shape[2]).unsqueeze(1)
-        return self._table[layer][experts, columns].long()
+    def begin_step(self, valid: Tensor) -> None:
+        """valid: bool [T], false for padding. Token t of the step uses column (t + rotation) % C of the table.
 
-    def advance(self) -> None:
-        """Once a step: the next step's tokens start at another column, so that small batches spread too."""
-        self._rotation = (self._rotation + 1) % self._table.shape[2]
+        The rotation grows with each step, so that small batches spread over the replicas too.
+        """
+        width = self._table.shape[2]
+        self._rotation = (self._rotation + 1) % width
+        self._columns = ((torch.arange(len(valid), device=valid.device) + self._rotation) % width).unsqueeze(
+            1
+        )
+        self._padding = ~valid.unsqueeze(1)
+
+    def look_up(self, layer: int, experts: Tensor) -> Tensor:
+        """experts int64 [T, K] of this step's tokens -> slots int64 [T, K], -1 for padding."""
+        return self._table[layer][experts, self._columns].masked_fill_(self._padding, -1)
 
     def local_experts(self, layer: int) -> list[int]:
         """The expert of each slot of this rank, in order."""

@@ -72,8 +72,8 @@ class MoeLayer:
         """x [rows, H] -> (out [rows, H], the experts chosen int64 [rows, K])."""
         weights, experts = self.router(x)
         if self._load is not None:
-            self._load.add(self._index, experts, rows.valid, rows.decode)
-        slots = self._expert_map.look_up(self._index, experts).masked_fill(~rows.valid.unsqueeze(1), -1)
+            self._load.add(self._index, experts)
+        slots = self._expert_map.look_up(self._index, experts)
         etp = self._mesh.etp
         tokens = etp.all_gather(x, rows.etp_sizes)
         slots = etp.all_gather(slots, rows.etp_sizes)

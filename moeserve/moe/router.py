@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from moeserve.layers.context import LayerContext, Piece
 from moeserve.models.spec import MoeMlp, Routing
@@ -16,6 +15,7 @@ class Router:
     """x [T, H] -> (weights float32 [T, K], experts int64 [T, K]), the best expert first."""
 
     def __init__(self, context: LayerContext, prefix: str, hidden_size: int, moe: MoeMlp):
+        self._linear = context.ops.linear
         self._routing = moe.routing
         self._prefix = prefix
         dtype = torch.float32 if moe.routing.float32_logits else context.dtype
@@ -25,7 +25,7 @@ class Router:
         )
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return choose_experts(F.linear(x.to(self.weight.dtype), self.weight), self.bias, self._routing)
+        return choose_experts(self._linear(x.to(self.weight.dtype), self.weight), self.bias, self._routing)
 
     def pieces(self) -> Iterator[Piece]:
         yield Piece(f"{self._prefix}.weight", tuple(self.weight.shape), (), (self.weight,))

@@ -20,6 +20,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
+def head_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """A matrix a head: x [T, heads, K] (any strides), weight [heads, N, K] -> [T, heads, N]."""
+    return torch.bmm(x.transpose(0, 1), weight.transpose(1, 2)).transpose(0, 1).contiguous()
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x [..., H] over its root mean square, times weight [H]; the mean in float32."""
     wide = x.float()

@@ -17,6 +17,7 @@ class Ops:
     """The forms chosen for one device; shapes and meanings are those of moeserve.ops.reference."""
 
     linear: Callable[..., Tensor] = reference.linear
+    head_linear: Callable[..., Tensor] = reference.head_linear
     rms_norm: Callable[..., Tensor] = reference.rms_norm
     add_rms_norm: Callable[..., tuple[Tensor, Tensor]] = reference.add_rms_norm
     silu_mul: Callable[..., Tensor] = reference.silu_mul
