@@ -1,0 +1,621 @@
+/* The inner loops of the solvers, for all layers in a call. plain.py holds the same functions in numpy: both give
+ * the same bits, so that a placement does not depend on whether a compiler was there. Build without contraction
+ * of multiply and add and without reordered sums (see native.py).
+ *
+ * Letters: N layers, E experts, T windows, G ranks, K slots a rank, P = K * G slots. Slots are numbered slot-major
+ * here, j * G + g, so that loops over ranks run through neighbouring memory. load [N][E][T] is scaled to a mean
+ * rank load of 1 in each window.
+ */
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define CANDIDATES 24
+#define LIMIT 1024.0f /* (1 + x / LIMIT) ^ LIMIT stands for exp(x): products only, the same bits everywhere */
+#define FLOOR 0.92f   /* keeps the smallest power, 8e-38, a normal number */
+
+static inline float power(float x) {
+    float y = 1.0f + x * (1.0f / LIMIT);
+    y = y > FLOOR ? y : FLOOR;
+    for (int i = 0; i < 10; i++) y = y * y;
+    return y;
+}
+
+static void *get(size_t count, size_t size) { return calloc(count ? count : 1, size); }
+
+/* ------------------------------------------------------------------ loads */
+
+/* windows [T][N][E] of any scale to load [N][E][T], mean [N][E] and std [N][E], with a mean rank load of 1 in each
+ * window. A window without load counts as even. */
+void eplb_prepare(int T, int N, int E, int G, const double *windows, float *load, double *mean, double *std) {
+    double *sum = get(E, sizeof(double));
+    for (int n = 0; n < N; n++) {
+        double *m = mean + (size_t)n * E, *v = std + (size_t)n * E;
+        float *out = load + (size_t)n * E * T;
+        for (int e = 0; e < E; e++) m[e] = v[e] = 0.0;
+        for (int t = 0; t < T; t++) {
+            const double *row = windows + ((size_t)t * N + n) * E;
+            double total = 0.0;
+            for (int e = 0; e < E; e++) total += row[e];
+            double scale = total > 0.0 ? (double)G / total : 0.0, even = total > 0.0 ? 0.0 : (double)G / (double)E;
+            for (int e = 0; e < E; e++) {
+                sum[e] = row[e] * scale + even;
+                m[e] += sum[e];
+            }
+            for (int e = 0; e < E; e++) out[(size_t)e * T + t] = (float)sum[e];
+        }
+        for (int e = 0; e < E; e++) m[e] = m[e] / (double)T;
+        for (int e = 0; e < E; e++) {
+            double square = 0.0;
+            for (int t = 0; t < T; t++) {
+                double d = (double)out[(size_t)e * T + t] - m[e];
+                square += d * d;
+            }
+            v[e] = sqrt(square / (double)T);
+        }
+    }
+    free(sum);
+}
+
+/* ------------------------------------------------------------------ replicas */
+
+/* count[e]: `least` replicas each, then one more at a time for the expert with the largest weight a replica. */
+static void replicate(int E, int G, int P, int least, const float *weight, int32_t *count, float *each) {
+    for (int e = 0; e < E; e++) count[e] = least, each[e] = weight[e] / (float)least;
+    for (int left = P - E * least; left > 0; left--) {
+        int best = -1;
+        for (int e = 0; e < E; e++)
+            if (count[e] < G && (best < 0 || each[e] > each[best])) best = e;
+        if (best < 0) { /* every expert on every rank: doubles cannot be avoided */
+            best = 0;
+            for (int e = 1; e < E; e++)
+                if (each[e] > each[best]) best = e;
+        }
+        count[best]++;
+        each[best] = weight[best] / (float)count[best];
+    }
+}
+
+void eplb_replicate(int N, int E, int G, int P, int least, const float *weight, int32_t *count) {
+    float *each = get(E, sizeof(float));
+    for (int n = 0; n < N; n++) replicate(E, G, P, least, weight + (size_t)n * E, count + (size_t)n * E, each);
+    free(each);
+}
+
+/* ------------------------------------------------------------------ placing */
+
+static int root(const int32_t *parent, int g) {
+    while (parent[g] != g) g = parent[g];
+    return g;
+}
+
+static void place(int E, int T, int G, int K, const float *load, const int32_t *count, const int32_t *order, float z,
+                  int connect, int32_t *slots) {
+    float *mean = get(G, sizeof(float)), *dev = get((size_t)T * G, sizeof(float));
+    float *cost = get(G, sizeof(float)), *own = get(T, sizeof(float));
+    int32_t *used = get(G, sizeof(int32_t)), *parent = get(G, sizeof(int32_t)), *size = get(G, sizeof(int32_t));
+    int32_t *degree = get(G, sizeof(int32_t));
+    uint8_t *holds = get(G, 1), *joined = get(G, 1);
+    float inverse = 1.0f / (float)T;
+    for (int g = 0; g < G; g++) parent[g] = g, size[g] = 1;
+    for (int p = 0; p < K * G; p++) slots[p] = -1;
+    for (int pass = connect ? 0 : 1; pass < 2; pass++)
+        for (int n = 0; n < E; n++) {
+            int e = order[n];
+            if (connect && (count[e] > 1) == (pass == 1)) continue;
+            float each = 0.0f;
+            for (int t = 0; t < T; t++) own[t] = load[(size_t)e * T + t] / (float)count[e], each += own[t];
+            each = each * inverse;
+            for (int t = 0; t < T; t++) own[t] = own[t] - each;
+            memset(holds, 0, G);
+            memset(joined, 0, G);
+            for (int c = 0; c < count[e]; c++) {
+                if (pass == 1) {
+                    for (int g = 0; g < G; g++) cost[g] = 0.0f;
+                    for (int t = 0; t < T; t++) {
+                        float step = own[t];
+                        const float *row = dev + (size_t)t * G;
+                        for (int g = 0; g < G; g++) cost[g] += (row[g] + step) * (row[g] + step);
+                    }
+                    for (int g = 0; g < G; g++) cost[g] = (mean[g] + each) + z * sqrtf(cost[g] * inverse);
+                } else {
+                    for (int g = 0; g < G; g++) {
+                        int r = root(parent, g);
+                        cost[g] = mean[g] + (float)(100 * degree[g]) + (joined[r] ? 1e8f : (float)(10000 * size[r]));
+                    }
+                }
+                int best = -1;
+                for (int g = 0; g < G; g++) {
+                    if (used[g] >= K) continue;
+                    if (holds[g]) cost[g] += 1e9f;
+                    if (best < 0 || cost[g] < cost[best]) best = g;
+                }
+                slots[used[best]++ * G + best] = e;
+                holds[best] = 1;
+                mean[best] += each;
+                for (int t = 0; t < T; t++) dev[(size_t)t * G + best] += own[t];
+                if (pass == 0) joined[root(parent, best)] = 1, degree[best]++;
+            }
+            int first = -1;
+            for (int g = 0; pass == 0 && g < G; g++) {
+                if (!holds[g]) continue;
+                if (first < 0) { first = g; continue; }
+                int a = root(parent, first), b = root(parent, g);
+                if (a != b) parent[b] = a, size[a] += size[b];
+            }
+        }
+    free(mean), free(dev), free(cost), free(own), free(used), free(parent), free(size), free(degree);
+    free(holds), free(joined);
+}
+
+/* Where an expert stands twice on a rank, swap one of the two for what another rank can give. */
+static void part_doubles(int E, int G, int K, int32_t *slots) {
+    int32_t *has = get((size_t)E * G, sizeof(int32_t));
+    for (int p = 0; p < K * G; p++) has[(size_t)slots[p] * G + p % G]++;
+    for (int p = 0; p < K * G; p++) {
+        int e = slots[p], g = p % G;
+        if (has[(size_t)e * G + g] < 2) continue;
+        for (int q = 0; q < K * G; q++) {
+            int x = slots[q], h = q % G;
+            if (has[(size_t)e * G + h] || has[(size_t)x * G + g]) continue;
+            slots[p] = x, slots[q] = e;
+            has[(size_t)e * G + g]--, has[(size_t)x * G + g]++, has[(size_t)e * G + h]++, has[(size_t)x * G + h]--;
+            break;
+        }
+    }
+    free(has);
+}
+
+/* Put the replicas of the experts, in the given order [N][E], on ranks: slots [N][K][G]. connect: first those of
+ * replicated experts, so that ranks joined by a shared expert become one component; the others to the rank with
+ * the least mean + z * std of its load over the windows. */
+void eplb_place(int N, int E, int T, int G, int K, const float *load, const int32_t *count, const int32_t *order,
+                float z, int connect, int32_t *slots) {
+    for (int n = 0; n < N; n++) {
+        int32_t *out = slots + (size_t)n * K * G;
+        place(E, T, G, K, load + (size_t)n * E * T, count + (size_t)n * E, order + (size_t)n * E, z, connect, out);
+        part_doubles(E, G, K, out);
+    }
+}
+
+/* Number of components of the graph of ranks joined by a shared expert. */
+static int components(int E, int G, int K, const int32_t *slots, const int32_t *count, int32_t *parent,
+                      int32_t *first) {
+    int left = G;
+    for (int g = 0; g < G; g++) parent[g] = g;
+    for (int e = 0; e < E; e++) first[e] = -1;
+    for (int j = 0; j < K; j++)
+        for (int g = 0; g < G; g++) {
+            int e = slots[j * G + g];
+            if (count[e] < 2) continue;
+            if (first[e] < 0) { first[e] = g; continue; }
+            int a = root(parent, first[e]), b = root(parent, g);
+            if (a != b) parent[b] = a, left--;
+        }
+    return left;
+}
+
+/* ------------------------------------------------------------------ improving under an even split */
+
+typedef struct { float score; int kind, i, p; } Candidate; /* kind 0: swap, 1: a replica of i's expert into p */
+
+static void offer(Candidate *list, int *n, float score, int kind, int i, int p) {
+    if (*n == CANDIDATES && score >= list[CANDIDATES - 1].score) return;
+    int at = *n < CANDIDATES ? (*n)++ : CANDIDATES - 1;
+    while (at > 0 && list[at - 1].score > score) list[at] = list[at - 1], at--;
+    list[at] = (Candidate){score, kind, i, p};
+}
+
+typedef struct { /* options of eplb_improve */
+    float beta;       /* steepness of the penalty */
+    float least_gain; /* smallest relative gain on the ranks concerned */
+    int32_t rounds;   /* tries at most */
+    int32_t patience; /* hottest ranks without a gain before giving up */
+    int32_t budget;   /* changed slots at most, < 0: no limit */
+    int32_t connect;  /* the number of components does not rise */
+    int32_t reassign; /* redundant slots may go to another expert */
+    int32_t least;    /* replicas that every expert keeps */
+} Options;
+
+static int improve(int E, int T, int G, int K, const float *load, int32_t *count, int32_t *slots,
+                   const int32_t *node, Options o) {
+    int P = K * G, changed = 0, tabu = 0;
+    float *L = get((size_t)G * T, 4), *W = get((size_t)T * G, 4), *R = get((size_t)G * T, 4);
+    float *A = get((size_t)T * P, 4), *bar = get(P, 4), *own = get(P, 4), *cross = get(P, 4), *sums = get(G, 4);
+    float *sa = get(G, 4), *score = get(G, 4), *hosts = get(E, 4), *weights = get(E, 4);
+    int32_t *parent = get(G, 4), *first = get(E, 4), *touched = get(G, 4);
+    uint8_t *has = get((size_t)E * G, 1), *skip = get(G, 1);
+    float inverse = 1.0f / (float)T;
+    for (int j = 0; j < K; j++)
+        for (int g = 0; g < G; g++) {
+            int p = j * G + g, e = slots[p];
+            float total = 0.0f, each = 1.0f / (float)count[e];
+            has[(size_t)e * G + g]++;
+            for (int t = 0; t < T; t++) {
+                float a = load[(size_t)e * T + t] * each;
+                A[(size_t)t * P + p] = a, total += a, L[(size_t)g * T + t] += a;
+            }
+            bar[p] = total * inverse;
+        }
+    float highest = 0.0f;
+    for (int x = 0; x < T * G; x++) highest = L[x] > highest ? L[x] : highest;
+    for (int g = 0; g < G; g++)
+        for (int t = 0; t < T; t++)
+            W[(size_t)t * G + g] = R[(size_t)g * T + t] = power(o.beta * (L[(size_t)g * T + t] - highest));
+    int parts = o.connect ? components(E, G, K, slots, count, parent, first) : 0;
+    float half = o.beta * o.beta * 0.5f;
+
+    for (int round = 0; round < o.rounds && tabu < o.patience; round++) {
+        for (int g = 0; g < G; g++) sums[g] = 0.0f;
+        for (int t = 0; t < T; t++)
+            for (int g = 0; g < G; g++) sums[g] += W[(size_t)t * G + g];
+        int h = -1;
+        for (int g = 0; g < G; g++)
+            if (!skip[g] && (h < 0 || sums[g] > sums[h])) h = g;
+        if (h < 0) break;
+        for (int p = 0; p < P; p++) own[p] = 0.0f, cross[p] = 0.0f;
+        for (int t = 0; t < T; t++) {
+            const float *row = W + (size_t)t * G;
+            float at = row[h];
+            for (int j = 0; j < K; j++) {
+                const float *a = A + (size_t)t * P + j * G;
+                float *x = own + j * G, *y = cross + j * G;
+                for (int g = 0; g < G; g++) x[g] += row[g] * a[g], y[g] += at * a[g];
+            }
+        }
+        if (o.reassign) {
+            for (int e = 0; e < E; e++) hosts[e] = 0.0f, weights[e] = 0.0f;
+            for (int p = 0; p < P; p++) hosts[slots[p]] += own[p], weights[slots[p]] += sums[p % G];
+        }
+        Candidate list[CANDIDATES];
+        int found = 0;
+        for (int i = 0; i < K; i++) {
+            int pa = i * G + h, a = slots[pa];
+            for (int g = 0; g < G; g++) sa[g] = 0.0f;
+            for (int t = 0; t < T; t++) {
+                float x = A[(size_t)t * P + pa];
+                const float *row = W + (size_t)t * G;
+                for (int g = 0; g < G; g++) sa[g] += row[g] * x;
+            }
+            float here = sa[h], mine = bar[pa], sh = sums[h];
+            if (o.budget < 0 || changed + 2 <= o.budget)
+                for (int j = 0; j < K; j++) {
+                    const float *x = own + j * G, *y = cross + j * G, *m = bar + j * G;
+                    float lowest = 0.0f;
+                    for (int g = 0; g < G; g++) {
+                        float d = mine - m[g];
+                        score[g] = o.beta * ((sa[g] - here) + (y[g] - x[g])) + half * ((sums[g] + sh) * (d * d));
+                        lowest = score[g] < lowest ? score[g] : lowest;
+                    }
+                    if (!(lowest < 0.0f) || (found == CANDIDATES && lowest >= list[found - 1].score)) continue;
+                    for (int g = 0; g < G; g++) {
+                        int b = slots[j * G + g];
+                        if (score[g] < 0.0f && node[g] == node[h] && !has[(size_t)a * G + g] && !has[(size_t)b * G + h])
+                            offer(list, &found, score[g], 0, i, j * G + g);
+                    }
+                }
+            if (o.reassign && count[a] < G && (o.budget < 0 || changed < o.budget)) {
+                float r = (float)count[a] / (float)(count[a] + 1), rest = 1.0f - r;
+                float base = half * ((rest * mine) * (rest * mine) * weights[a]) - o.beta * (rest * hosts[a]);
+                for (int p = 0; p < P; p++) {
+                    int b = slots[p], g = p % G;
+                    if (count[b] <= o.least || has[(size_t)a * G + g] || node[g] != node[h]) continue;
+                    float q = 1.0f / (float)(count[b] - 1), d = r * mine - bar[p], f = q * bar[p];
+                    float s = o.beta * ((r * sa[g] - own[p]) + q * (hosts[b] - own[p])) + base;
+                    s = s + half * (sums[g] * (d * d) + (weights[b] - sums[g]) * (f * f));
+                    if (s < 0.0f) offer(list, &found, s, 1, i, p);
+                }
+            }
+        }
+        int chosen = -1;
+        float best = 0.0f;
+        for (int n = 0; n < found; n++) { /* the candidates in full */
+            Candidate c = list[n];
+            int pa = c.i * G + h, a = slots[pa], g = c.p % G, b = slots[c.p], num = 0;
+            touched[num++] = h;
+            touched[num++] = g; /* never h: a stands there already */
+            for (int x = 0; c.kind && x < G; x++)
+                if (x != h && x != g && (has[(size_t)a * G + x] || has[(size_t)b * G + x])) touched[num++] = x;
+            const float *la = load + (size_t)a * T, *lb = load + (size_t)b * T;
+            float na = (float)count[a], nb = (float)count[b];
+            float before = 0.0f, after = 0.0f;
+            for (int k = 0; k < num; k++) {
+                int x = touched[k];
+                float fa, fb; /* the change of rank x's load, as parts of the experts' loads */
+                if (c.kind) {
+                    fa = (float)has[(size_t)a * G + x] * (1.0f / (na + 1.0f) - 1.0f / na);
+                    fb = (float)has[(size_t)b * G + x] * (1.0f / (nb - 1.0f) - 1.0f / nb);
+                    if (x == g) fa = 1.0f / (na + 1.0f), fb = fb - 1.0f / (nb - 1.0f);
+                } else {
+                    fa = x == h ? -1.0f / na : 1.0f / na;
+                    fb = x == h ? 1.0f / nb : -1.0f / nb;
+                }
+                const float *now = L + (size_t)x * T, *was = R + (size_t)x * T;
+                float old[16], new[16]; /* sums by lane, then lane by lane: an order that vectors keep */
+                for (int v = 0; v < 16; v++) old[v] = 0.0f, new[v] = 0.0f;
+                int t = 0;
+                for (; t + 16 <= T; t += 16)
+                    for (int v = 0; v < 16; v++) {
+                        old[v] += was[t + v];
+                        new[v] += power(o.beta * (((now[t + v] + fa * la[t + v]) + fb * lb[t + v]) - highest));
+                    }
+                for (int v = 0; t + v < T; v++) {
+                    old[v] += was[t + v];
+                    new[v] += power(o.beta * (((now[t + v] + fa * la[t + v]) + fb * lb[t + v]) - highest));
+                }
+                for (int v = 0; v < 16; v++) before += old[v], after += new[v];
+            }
+            float gain = before - after;
+            if (!(gain > o.least_gain * before)) continue;
+            if (o.budget >= 0 && !c.kind) gain = gain * 0.5f; /* a swap writes two slots */
+            if (!(gain > best)) continue;
+            if (o.connect && (count[a] > 1 || count[b] > 1)) {
+                slots[c.p] = a;
+                if (c.kind) count[a]++, count[b]--;
+                else slots[pa] = b;
+                int now = components(E, G, K, slots, count, parent, first);
+                slots[c.p] = b;
+                if (c.kind) count[a]--, count[b]++;
+                else slots[pa] = a;
+                if (now > parts) continue;
+            }
+            chosen = n, best = gain;
+        }
+        if (chosen < 0) {
+            skip[h] = 1, tabu++;
+            continue;
+        }
+        Candidate c = list[chosen];
+        int pa = c.i * G + h, a = slots[pa], g = c.p % G, b = slots[c.p];
+        slots[c.p] = a;
+        has[(size_t)a * G + g]++, has[(size_t)b * G + g]--;
+        if (c.kind)
+            count[a]++, count[b]--, changed += 1;
+        else
+            slots[pa] = b, has[(size_t)b * G + h]++, has[(size_t)a * G + h]--, changed += 2;
+        for (int p = 0; p < P; p++) { /* what changed, summed anew so that errors do not grow */
+            int e = slots[p];
+            if (e != a && e != b) continue;
+            float total = 0.0f, each = 1.0f / (float)count[e];
+            for (int t = 0; t < T; t++) {
+                float v = load[(size_t)e * T + t] * each;
+                A[(size_t)t * P + p] = v, total += v;
+            }
+            bar[p] = total * inverse;
+        }
+        for (int x = 0; x < G; x++) {
+            if (x != h && x != g && !(c.kind && (has[(size_t)a * G + x] || has[(size_t)b * G + x]))) continue;
+            float *now = L + (size_t)x * T, *was = R + (size_t)x * T;
+            for (int t = 0; t < T; t++) {
+                float total = 0.0f;
+                for (int j = 0; j < K; j++) total += A[(size_t)t * P + j * G + x];
+                now[t] = total;
+            }
+            for (int t = 0; t < T; t++) was[t] = power(o.beta * (now[t] - highest));
+            for (int t = 0; t < T; t++) W[(size_t)t * G + x] = was[t];
+        }
+        if (o.connect) parts = components(E, G, K, slots, count, parent, first);
+    }
+    free(L), free(W), free(R), free(A), free(bar), free(own), free(cross), free(sums), free(sa), free(score);
+    free(hosts), free(weights), free(parent), free(first), free(touched), free(has), free(skip);
+    return changed;
+}
+
+/* Lower the sum over ranks and windows of power(beta * (load - highest)) by swaps of two slots and, if reassign,
+ * by giving redundant slots to other experts. count [N][E] and slots [N][K][G] in and out; node [G]: slots change
+ * places within a node only. changed [N]: slots written. */
+void eplb_improve(int N, int E, int T, int G, int K, const float *load, int32_t *count, int32_t *slots,
+                  const int32_t *node, const Options *options, int32_t *changed) {
+    for (int n = 0; n < N; n++)
+        changed[n] = improve(E, T, G, K, load + (size_t)n * E * T, count + (size_t)n * E,
+                             slots + (size_t)n * K * G, node, *options);
+}
+
+/* ------------------------------------------------------------------ annealing small layers */
+
+static uint64_t split_mix(uint64_t *state) { /* Steele, Lea, Flood 2014 */
+    uint64_t z = *state += 0x9E3779B97F4A7C15u;
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
+    return z ^ (z >> 31);
+}
+
+/* Mean over the windows of the highest rank load; L [G][T]. */
+static float highest_mean(int G, int T, const float *L) {
+    float total = 0.0f;
+    for (int t = 0; t < T; t++) {
+        float most = L[t];
+        for (int g = 1; g < G; g++) most = L[(size_t)g * T + t] > most ? L[(size_t)g * T + t] : most;
+        total += most;
+    }
+    return total / (float)T;
+}
+
+static void anneal(int E, int T, int G, int K, const float *load, int32_t *count, int32_t *slots, float beta,
+                   int steps, int connect, int least, uint64_t state) {
+    int P = K * G, spare = 0;
+    float *L = get((size_t)G * T, 4), *N = get((size_t)G * T, 4), *energy = get(G, 4), *after = get(G, 4);
+    int32_t *best_count = get(E, 4), *best_slots = get(P, 4), *parent = get(G, 4), *first = get(E, 4);
+    int32_t *touched = get(G, 4);
+    uint8_t *has = get((size_t)E * G, 1);
+    memcpy(best_count, count, sizeof(int32_t) * E);
+    memcpy(best_slots, slots, sizeof(int32_t) * P);
+    for (int p = 0; p < P; p++) has[(size_t)slots[p] * G + p % G]++;
+    for (int e = 0; e < E; e++) spare += count[e] - least;
+    for (int p = 0; p < P; p++) {
+        float each = 1.0f / (float)count[slots[p]];
+        for (int t = 0; t < T; t++) L[(size_t)(p % G) * T + t] += load[(size_t)slots[p] * T + t] * each;
+    }
+    float highest = 0.0f, total = 0.0f;
+    for (int x = 0; x < G * T; x++) highest = L[x] > highest ? L[x] : highest;
+    for (int g = 0; g < G; g++) {
+        for (int t = 0; t < T; t++) energy[g] += power(beta * (L[(size_t)g * T + t] - highest));
+        total += energy[g];
+    }
+    float best = highest_mean(G, T, L);
+    int parts = connect ? components(E, G, K, slots, count, parent, first) : 0;
+    for (int step = 0; step < steps; step++) {
+        float left = (float)(steps - step) / (float)steps, heat = 4.0f * (left * left) + 0.002f;
+        uint64_t kind = split_mix(&state), one = split_mix(&state), two = split_mix(&state);
+        float chance = (float)(split_mix(&state) >> 40) * (1.0f / 16777216.0f);
+        int reassign = spare > 0 && kind % 2 == 0, p = (int)(one % (uint64_t)P), g = p % G, b = slots[p];
+        int q = (int)(two % (uint64_t)P), h = q % G, a = reassign ? (int)(two % (uint64_t)E) : slots[q], num = 0;
+        if (a == b || has[(size_t)a * G + g]) continue;
+        if (reassign ? count[b] <= least || count[a] >= G : has[(size_t)b * G + h]) continue;
+        touched[num++] = g;
+        if (reassign) {
+            for (int x = 0; x < G; x++)
+                if (x != g && (has[(size_t)a * G + x] || has[(size_t)b * G + x])) touched[num++] = x;
+        } else {
+            touched[num++] = h;
+        }
+        float na = (float)count[a], nb = (float)count[b], change = 0.0f;
+        const float *la = load + (size_t)a * T, *lb = load + (size_t)b * T;
+        for (int k = 0; k < num; k++) {
+            int x = touched[k];
+            float fa, fb;
+            if (reassign) {
+                fa = (float)has[(size_t)a * G + x] * (1.0f / (na + 1.0f) - 1.0f / na);
+                fb = (float)has[(size_t)b * G + x] * (1.0f / (nb - 1.0f) - 1.0f / nb);
+                if (x == g) fa = 1.0f / (na + 1.0f), fb = fb - 1.0f / (nb - 1.0f);
+            } else {
+                fa = x == g ? 1.0f / na : -1.0f / na;
+                fb = x == g ? -1.0f / nb : 1.0f / nb;
+            }
+            float sum = 0.0f;
+            for (int t = 0; t < T; t++) {
+                float next = (L[(size_t)x * T + t] + fa * la[t]) + fb * lb[t];
+                N[(size_t)k * T + t] = next, sum += power(beta * (next - highest));
+            }
+            after[k] = sum, change += sum - energy[x];
+        }
+        if (change > 0.0f && !(chance < power(-(change / (heat * total))))) continue;
+        slots[p] = a;
+        if (reassign)
+            count[a]++, count[b]--;
+        else
+            slots[q] = b;
+        if (connect && components(E, G, K, slots, count, parent, first) > parts) {
+            slots[p] = b;
+            if (reassign)
+                count[a]--, count[b]++;
+            else
+                slots[q] = a;
+            continue;
+        }
+        has[(size_t)a * G + g]++, has[(size_t)b * G + g]--;
+        if (!reassign) has[(size_t)b * G + h]++, has[(size_t)a * G + h]--;
+        for (int k = 0; k < num; k++) {
+            energy[touched[k]] = after[k];
+            memcpy(L + (size_t)touched[k] * T, N + (size_t)k * T, sizeof(float) * T);
+        }
+        total = 0.0f;
+        for (int x = 0; x < G; x++) total += energy[x];
+        float score = highest_mean(G, T, L);
+        if (score < best) {
+            best = score;
+            memcpy(best_count, count, sizeof(int32_t) * E);
+            memcpy(best_slots, slots, sizeof(int32_t) * P);
+        }
+    }
+    memcpy(count, best_count, sizeof(int32_t) * E);
+    memcpy(slots, best_slots, sizeof(int32_t) * P);
+    free(L), free(N), free(energy), free(after), free(best_count), free(best_slots), free(parent), free(first);
+    free(touched), free(has);
+}
+
+/* Simulated annealing by swaps of slots and new owners of redundant slots; keeps the best by the mean over the
+ * windows of the highest rank load. count [N][E] and slots [N][K][G] in and out. */
+void eplb_anneal(int N, int E, int T, int G, int K, const float *load, int32_t *count, int32_t *slots, float beta,
+                 int steps, int connect, int least, int seed) {
+    for (int n = 0; n < N; n++)
+        anneal(E, T, G, K, load + (size_t)n * E * T, count + (size_t)n * E, slots + (size_t)n * K * G, beta, steps,
+               connect, least, (uint64_t)seed);
+}
+
+/* ------------------------------------------------------------------ routing shares */
+
+typedef struct { int n, *start, *expert, *slot, *rank; } Replicas; /* replicated experts and their hosts */
+
+static Replicas replicas_of(int E, int P, const int32_t *slots, const int32_t *rank_of) {
+    Replicas r = {0, get(E + 1, 4), get(E, 4), get(P, 4), get(P, 4)};
+    int *count = get(E, 4), *at = get(E, 4), total = 0;
+    for (int p = 0; p < P; p++) count[slots[p]]++;
+    for (int e = 0; e < E; e++)
+        if (count[e] > 1) r.expert[r.n] = e, r.start[r.n++] = at[e] = total, total += count[e];
+    r.start[r.n] = total;
+    for (int p = 0; p < P; p++)
+        if (count[slots[p]] > 1) {
+            int k = at[slots[p]]++;
+            r.slot[k] = p, r.rank[k] = rank_of[p];
+        }
+    free(count), free(at);
+    return r;
+}
+
+static void free_replicas(Replicas r) { free(r.start), free(r.expert), free(r.slot), free(r.rank); }
+
+/* Water filling: each expert in turn spreads its load over its hosts so that their levels become equal, with the
+ * step lengthened by omega but in the last sweep. share [P] in and out, ranks [G] out; base [G] or NULL is load
+ * that stands on the ranks already. Returns the highest load of a rank. */
+static double fill(Replicas r, int G, int P, const double *load, const int32_t *slots, const int32_t *rank_of,
+                   const double *base, int sweeps, double omega, double *share, double *ranks, double *level) {
+    for (int g = 0; g < G; g++) ranks[g] = base ? base[g] : 0.0;
+    for (int p = 0; p < P; p++) ranks[rank_of[p]] += load[slots[p]] * share[p];
+    for (int s = 0; s < sweeps; s++) {
+        double step = s + 1 < sweeps ? omega : 1.0;
+        for (int n = 0; n < r.n; n++) {
+            int from = r.start[n], c = r.start[n + 1] - from;
+            const int *slot = r.slot + from, *rank = r.rank + from;
+            double w = load[r.expert[n]];
+            if (!(w > 0.0)) continue;
+            if (c == 2) {
+                if (rank[0] == rank[1]) continue;
+                double x = share[slot[0]], a = ranks[rank[0]] - w * x, b = ranks[rank[1]] - w * (1.0 - x);
+                double y = x + step * (((b - a) + w) / (2.0 * w) - x);
+                y = y < 0.0 ? 0.0 : y > 1.0 ? 1.0 : y;
+                share[slot[0]] = y, share[slot[1]] = 1.0 - y;
+                ranks[rank[0]] = a + w * y, ranks[rank[1]] = b + w * (1.0 - y);
+                continue;
+            }
+            for (int i = 0; i < c; i++) { /* levels of the hosts without this expert, ascending */
+                double b = ranks[rank[i]] - w * share[slot[i]];
+                int k = i;
+                while (k > 0 && level[k - 1] > b) level[k] = level[k - 1], k--;
+                level[k] = b;
+            }
+            double sum = 0.0, water = 0.0, total = 0.0;
+            for (int i = 0; i < c; i++) {
+                sum += level[i];
+                water = (w + sum) / (double)(i + 1);
+                if (i + 1 == c || water <= level[i + 1]) break;
+            }
+            for (int i = 0; i < c; i++) {
+                double x = share[slot[i]], b = ranks[rank[i]] - w * x, y = water - b;
+                y = x + step * ((y > 0.0 ? y : 0.0) / w - x);
+                y = y > 0.0 ? y : 0.0;
+                ranks[rank[i]] = b, share[slot[i]] = y, total += y;
+            }
+            for (int i = 0; i < c; i++) {
+                share[slot[i]] = share[slot[i]] / total;
+                ranks[rank[i]] += w * share[slot[i]];
+            }
+        }
+    }
+    double highest = 0.0;
+    for (int g = 0; g < G; g++) highest = ranks[g] > highest ? ranks[g] : highest;
+    return highest;
+}
+
+/* B sets of loads [B][E] over one layer's slots [P]: share [B][P] in and out, ranks [B][G] and highest [B] out. */
+void eplb_fill(int B, int E, int G, int P, const double *load, const int32_t *slots, const int32_t *rank_of,
+               const double *base, int sweeps, double omega, double *share, double *ranks, double *highest) {
+    Replicas r = replicas_of(E, P, slots, rank_of);
+    double *level = get(P, sizeof(double));
+    for (int n = 0; n < B; n++)
+        highest[n] = fill(r, G, P, load + (size_t)n * E, slots, rank_of, base, sweeps, omega, share + (size_t)n * P,
+                          ranks + (size_t)n * G, level);
+    free(level);
+    free_replicas(r);
+}

@@ -1,0 +1,252 @@
+"""The kernels of kernels.c, compiled on first use, or their plain forms where there is no compiler.
+
+Both give the same bits; EPLB_NATIVE=0 asks for the plain ones. The library is kept in the user's cache folder
+under a name made from the source, the flags and the machine, so that a compiler runs once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from moeserve.eplb import plain
+from moeserve.eplb.plain import Options
+from moeserve.eplb.types import Floats, Ints
+
+Singles = npt.NDArray[np.float32]
+
+# No contraction of multiply and add, no reordering: the bits are those of the plain forms.
+_FLAGS = ["-O3", "-fPIC", "-shared", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+
+logger = logging.getLogger(__name__)
+
+
+class Kernels(Protocol):
+    """Letters as in kernels.c. Slots are slot-major, [N, K, G]."""
+
+    name: str
+
+    def prepare(self, windows: Floats, ranks: int) -> tuple[Singles, Floats, Floats]:
+        """(load [N, E, T], mean [N, E], std [N, E]) of windows [T, N, E], with a mean rank load of 1."""
+
+    def replicate(self, weight: Singles, ranks: int, slots: int, least: int) -> Ints:
+        """Replica counts [N, E] for weight [N, E], `least` each and `slots` in all."""
+
+    def place(self, load: Singles, count: Ints, order: Ints, ranks: int, z: float, connect: bool) -> Ints:
+        """slots [N, K, G] for load [N, E, T], the experts taken in order [N, E]."""
+
+    def improve(self, load: Singles, count: Ints, slots: Ints, node: Ints, options: Options) -> Ints:
+        """Changes count and slots in place; slots written [N]."""
+
+    def anneal(
+        self,
+        load: Singles,
+        count: Ints,
+        slots: Ints,
+        beta: float,
+        steps: int,
+        connect: bool,
+        least: int,
+        seed: int,
+    ) -> None:
+        """Changes count [N, E] and slots in place."""
+
+    def fill(
+        self,
+        load: Floats,
+        slots: Ints,
+        rank_of: Ints,
+        share: Floats,
+        base: Floats | None,
+        sweeps: int,
+        omega: float,
+    ) -> tuple[Floats, Floats]:
+        """Changes share [B, P] in place; (load of each rank [B, G], highest of them [B])."""
+
+
+def kernels() -> Kernels:
+    """The compiled kernels, or the plain ones when they are asked for or nothing can compile."""
+    if os.environ.get("EPLB_NATIVE") == "0":
+        return Plain()
+    library = _library()
+    return Plain() if library is None else Native(library)
+
+
+class Plain:
+    name = "plain"
+    prepare = staticmethod(plain.prepare)
+    replicate = staticmethod(plain.replicate)
+    place = staticmethod(plain.place)
+    improve = staticmethod(plain.improve)
+    anneal = staticmethod(plain.anneal)
+    fill = staticmethod(plain.fill)
+
+
+class _Options(ctypes.Structure):
+    _fields_ = [
+        ("beta", ctypes.c_float),
+        ("least_gain", ctypes.c_float),
+        ("rounds", ctypes.c_int32),
+        ("patience", ctypes.c_int32),
+        ("budget", ctypes.c_int32),
+        ("connect", ctypes.c_int32),
+        ("reassign", ctypes.c_int32),
+        ("least", ctypes.c_int32),
+    ]
+
+
+@dataclass(frozen=True)
+class Native:
+    library: ctypes.CDLL
+    name = "native"
+
+    def prepare(self, windows: Floats, ranks: int) -> tuple[Singles, Floats, Floats]:
+        windows = np.ascontiguousarray(windows, np.float64)
+        steps, layers, experts = windows.shape
+        load = np.empty((layers, experts, steps), np.float32)
+        mean, std = np.empty((layers, experts)), np.empty((layers, experts))
+        self.library.eplb_prepare(steps, layers, experts, ranks, _at(windows), _at(load), _at(mean), _at(std))
+        return load, mean, std
+
+    def replicate(self, weight: Singles, ranks: int, slots: int, least: int) -> Ints:
+        weight = np.ascontiguousarray(weight, np.float32)
+        layers, experts = weight.shape
+        count = np.empty((layers, experts), np.int32)
+        self.library.eplb_replicate(layers, experts, ranks, slots, least, _at(weight), _at(count))
+        return count
+
+    def place(self, load: Singles, count: Ints, order: Ints, ranks: int, z: float, connect: bool) -> Ints:
+        load, order = np.ascontiguousarray(load, np.float32), np.ascontiguousarray(order, np.int32)
+        layers, experts, windows = load.shape
+        per_rank = int(count[0].sum()) // ranks
+        slots = np.empty((layers, per_rank, ranks), np.int32)
+        self.library.eplb_place(
+            layers, experts, windows, ranks, per_rank, _at(load), _at(count), _at(order),
+            ctypes.c_float(z), int(connect), _at(slots),
+        )  # fmt: skip
+        return slots
+
+    def improve(self, load: Singles, count: Ints, slots: Ints, node: Ints, options: Options) -> Ints:
+        load = np.ascontiguousarray(load, np.float32)
+        layers, experts, windows = load.shape
+        changed = np.zeros(layers, np.int32)
+        self.library.eplb_improve(
+            layers, experts, windows, slots.shape[2], slots.shape[1], _at(load), _at(count), _at(slots),
+            _at(np.ascontiguousarray(node, np.int32)), ctypes.byref(_Options(*options)), _at(changed),
+        )  # fmt: skip
+        return changed
+
+    def anneal(
+        self,
+        load: Singles,
+        count: Ints,
+        slots: Ints,
+        beta: float,
+        steps: int,
+        connect: bool,
+        least: int,
+        seed: int,
+    ) -> None:
+        load = np.ascontiguousarray(load, np.float32)
+        layers, experts, windows = load.shape
+        self.library.eplb_anneal(
+            layers, experts, windows, slots.shape[2], slots.shape[1], _at(load), _at(count), _at(slots),
+            ctypes.c_float(beta), steps, int(connect), least, seed,
+        )  # fmt: skip
+
+    def fill(
+        self,
+        load: Floats,
+        slots: Ints,
+        rank_of: Ints,
+        share: Floats,
+        base: Floats | None,
+        sweeps: int,
+        omega: float,
+    ) -> tuple[Floats, Floats]:
+        load = np.ascontiguousarray(load, np.float64)
+        sets, experts = load.shape
+        num_ranks = int(rank_of.max()) + 1
+        ranks, highest = np.empty((sets, num_ranks)), np.empty(sets)
+        slots, rank_of = np.ascontiguousarray(slots, np.int32), np.ascontiguousarray(rank_of, np.int32)
+        self.library.eplb_fill(
+            sets, experts, num_ranks, len(slots), _at(load), _at(slots), _at(rank_of),
+            None if base is None else _at(base), sweeps, ctypes.c_double(omega),
+            _at(share), _at(ranks), _at(highest),
+        )  # fmt: skip
+        return ranks, highest
+
+
+def _at(array: npt.NDArray[Any]) -> ctypes.c_void_p:
+    assert array.flags.c_contiguous
+    return ctypes.c_void_p(array.ctypes.data)
+
+
+@lru_cache(maxsize=1)
+def _library() -> ctypes.CDLL | None:
+    source = Path(__file__).with_name("kernels.c")
+    compiler = next((path for name in ("cc", "gcc", "clang") if (path := shutil.which(name))), None)
+    for flags in ([*_FLAGS, "-march=native"], _FLAGS):
+        key = hashlib.sha256(repr((source.read_bytes(), flags, _machine())).encode()).hexdigest()[:16]
+        for folder in _folders():
+            target = folder / f"eplb-{key}.so"
+            try:
+                if not target.exists():
+                    if compiler is None:
+                        continue
+                    _compile(compiler, flags, source, target)
+                return ctypes.CDLL(str(target))
+            except (OSError, subprocess.SubprocessError) as error:
+                logger.debug("kernels.c with %s in %s: %s", flags[-1], folder, error)
+    logger.info("no C compiler that works: the solvers run in numpy, some 50 times slower")
+    return None
+
+
+def _compile(compiler: str, flags: list[str], source: Path, target: Path) -> None:
+    """Into a temporary name, then renamed: processes that start at once do not see half a library."""
+    target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    handle, name = tempfile.mkstemp(dir=target.parent, suffix=".so")
+    os.close(handle)
+    try:
+        command = [compiler, *flags, "-o", name, str(source), "-lm"]
+        subprocess.run(command, check=True, capture_output=True, timeout=120)
+        os.replace(name, target)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def _folders() -> Iterator[Path]:
+    """Where the library may stand: folders that only this user writes to."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    yield Path(cache) / "moeserve"
+    private = Path(tempfile.gettempdir()) / f"moeserve-{os.getuid()}"
+    if not private.exists() or (private.stat().st_uid == os.getuid() and not private.stat().st_mode & 0o022):
+        yield private
+
+
+def _machine() -> str:
+    """What -march=native depends on."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(errors="replace")
+        lines = {
+            line
+            for line in text.splitlines()
+            if line.startswith(("model name", "flags", "Features", "CPU part"))
+        }
+        return platform.machine() + "".join(sorted(lines))
+    except OSError:
+        return platform.machine() + platform.processor()

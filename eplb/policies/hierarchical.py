@@ -1,0 +1,157 @@
+"""Nodes first: expert groups are packed on nodes exactly, then each node is solved like `connected`, and a few
+bridge replicas across nodes even out what the packing leaves.
+
+Tokens of group-limited routing then mostly stay in the nodes of their groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from itertools import combinations
+
+import numpy as np
+import numpy.typing as npt
+
+from moeserve.eplb.policies.problem import Problem, rank_major
+from moeserve.eplb.policies.robust import Effort, order_of, refine
+from moeserve.eplb.types import Floats, Ints
+
+_MOST_PACKINGS = 3000
+
+
+def hierarchical(problem: Problem) -> Ints:
+    """slots [L, P]; ValueError where groups or ranks do not divide among the nodes."""
+    topology, nodes = problem.topology, problem.topology.num_nodes
+    reason = not_hierarchical(problem)
+    if reason:
+        raise ValueError(f"policy hierarchical: {reason}")
+    effort = Effort() if problem.num_windows > 1 else Effort(z=0.0, least_gain=1e-4)
+    load, mean, std = problem.prepared
+    groups, layers = problem.expert_groups, problem.num_layers
+    size = problem.num_experts // groups
+    node_of_group = _pack(load.reshape(layers, groups, size, -1).sum(axis=2), nodes)  # [L, groups]
+    by_node = np.argsort(node_of_group, axis=1, kind="stable")
+    experts = (by_node[:, :, None] * size + np.arange(size)).reshape(
+        layers, nodes, -1
+    )  # [L, nodes, E / nodes]
+
+    ranks = topology.num_ranks // nodes
+    part = np.take_along_axis(load, experts.reshape(layers, -1, 1), axis=1).reshape(
+        layers * nodes, -1, load.shape[2]
+    )
+    risk = np.take_along_axis(mean + effort.z * std, experts.reshape(layers, -1), axis=1)
+    weight = risk.reshape(layers * nodes, -1).astype(np.float32)
+    kernel = problem.kernels
+    count = kernel.replicate(weight, ranks, ranks * topology.slots_per_rank, problem.least)
+    inner = kernel.place(part, count, order_of(weight, count), ranks, effort.z, problem.weighted)
+    named = np.take_along_axis(experts.reshape(layers * nodes, -1), inner.reshape(layers * nodes, -1), axis=1)
+    placed = named.reshape(layers, nodes, topology.slots_per_rank, ranks).transpose(0, 2, 1, 3)
+    placed = np.ascontiguousarray(placed.reshape(layers, topology.slots_per_rank, -1).astype(np.int32))
+    counts = np.empty((layers, problem.num_experts), np.int32)
+    np.put_along_axis(counts, experts.reshape(layers, -1), count.reshape(layers, -1), axis=1)
+
+    refine(problem, load, counts, placed, problem.weighted, effort, by_node=True)
+    if problem.redundant and nodes > 1:
+        for layer in range(layers):
+            for _ in range(1 if nodes <= 4 else 2):
+                _bridge(problem, mean[layer], counts[layer], placed[layer])
+        refine(problem, load, counts, placed, problem.weighted, effort, by_node=True)
+    return rank_major(placed)
+
+
+def not_hierarchical(problem: Problem) -> str:
+    """Why the policy does not fit the problem; empty if it does."""
+    topology, nodes = problem.topology, problem.topology.num_nodes
+    if topology.num_ranks % topology.ranks_per_node:
+        return f"{topology.num_ranks} ranks do not fill nodes of {topology.ranks_per_node}"
+    if problem.expert_groups % nodes:
+        return f"expert_groups = {problem.expert_groups} does not divide among {nodes} nodes"
+    if problem.survive_rank_loss and topology.ranks_per_node < 2:
+        return "surviving a rank loss needs two ranks a node"
+    return ""
+
+
+def _pack(load: npt.NDArray[np.float32], nodes: int) -> npt.NDArray[np.int64]:
+    """Node of each group [L, groups] for group loads [L, groups, W], equally many groups a node."""
+    layers, groups, _ = load.shape
+    packings = _packings(groups, nodes)
+    if packings is None:
+        return _pack_greedily(load, nodes)
+    total = np.zeros((len(packings), layers), np.float32)
+    highest = np.zeros((len(packings), layers, load.shape[2]), np.float32)
+    for node in range(nodes):
+        member = (packings == node).astype(np.float32)
+        np.maximum(highest, np.einsum("pg,lgw->plw", member, load), out=highest)
+    total = highest.mean(axis=2)
+    best: npt.NDArray[np.int64] = packings[np.argmin(np.round(total, 5), axis=0)]
+    return best
+
+
+def _pack_greedily(load: npt.NDArray[np.float32], nodes: int) -> npt.NDArray[np.int64]:
+    mean = load.mean(axis=2)
+    room = mean.shape[1] // nodes
+    result = np.empty(mean.shape, np.int64)
+    for layer, row in enumerate(mean):
+        total, used = np.zeros(nodes), np.zeros(nodes, np.int64)
+        for group in np.argsort(-row, kind="stable"):
+            node = int(np.argmin(np.where(used < room, total, np.inf)))
+            result[layer, group] = node
+            total[node] += row[group]
+            used[node] += 1
+    return result
+
+
+@lru_cache(maxsize=8)
+def _packings(groups: int, nodes: int) -> npt.NDArray[np.int64] | None:
+    """All ways to put groups on nodes in equal number, nodes being alike; None if there are too many."""
+    found: list[list[int]] = []
+    for packing in _enumerate(tuple(range(groups)), groups // nodes):
+        row = [0] * groups
+        for node, members in enumerate(packing):
+            for group in members:
+                row[group] = node
+        found.append(row)
+        if len(found) > _MOST_PACKINGS:
+            return None
+    return np.array(found)
+
+
+def _enumerate(left: tuple[int, ...], room: int) -> Iterator[list[tuple[int, ...]]]:
+    if not left:
+        yield []
+        return
+    for others in combinations(left[1:], room - 1):
+        members = (left[0], *others)
+        rest = tuple(g for g in left if g not in members)
+        for more in _enumerate(rest, room):
+            yield [members, *more]
+
+
+def _bridge(problem: Problem, mean: Floats, count: Ints, placed: Ints) -> None:
+    """Along a ring of nodes, hot and cold in turn, give a redundant slot of the colder node to a hot expert of the
+    hotter one. The slot whose expert misses a replica least; the expert that carries most load a replica."""
+    topology = problem.topology
+    nodes, width = topology.num_nodes, topology.ranks_per_node
+    node = np.arange(topology.num_ranks) // width
+    load = np.array([(mean[placed[:, node == n]] / count[placed[:, node == n]]).sum() for n in range(nodes)])
+    hot_first = np.argsort(-load, kind="stable")
+    ring = [int(hot_first[k // 2] if k % 2 == 0 else hot_first[nodes - 1 - k // 2]) for k in range(nodes)]
+    edges = list(zip(ring, ring[1:] + ring[:1], strict=True)) if nodes > 2 else [(ring[0], ring[1])]
+    for one, other in edges:
+        hot, cold = (one, other) if load[one] >= load[other] else (other, one)
+        on_hot, on_cold = set(placed[:, node == hot].ravel().tolist()), placed[:, node == cold]
+        here = set(on_cold.ravel().tolist())
+        spare = [
+            (float(mean[e] / (count[e] - 1)), int(j), int(g) + cold * width)
+            for (j, g), e in np.ndenumerate(on_cold)
+            if count[e] > problem.least and np.count_nonzero(on_cold == e) > 1
+        ]
+        wanted = [(float(mean[e] / count[e]), -int(e)) for e in on_hot if e not in here]
+        if not spare or not wanted:
+            continue
+        _, j, g = min(spare)
+        expert = -max(wanted)[1]
+        count[placed[j, g]] -= 1
+        count[expert] += 1
+        placed[j, g] = expert

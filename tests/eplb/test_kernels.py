@@ -1,0 +1,115 @@
+"""The compiled kernels give the same bits as their plain numpy forms."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from moeserve.eplb import native
+from moeserve.eplb.native import Native, Plain
+from moeserve.eplb.plain import Options
+
+SHAPES = [  # layers, experts, windows, ranks, slots a rank
+    (2, 12, 1, 8, 2),
+    (2, 24, 8, 6, 5),
+    (2, 20, 19, 5, 7),
+    (1, 64, 33, 16, 5),
+    (1, 8, 3, 1, 9),
+    (1, 3, 4, 4, 3),
+    (1, 16, 2, 16, 1),
+]
+
+
+@pytest.fixture(scope="module")
+def compiled() -> Native:
+    library = native._library()
+    if library is None:
+        pytest.skip("no C compiler here")
+    return Native(library)
+
+
+def _load(rng: np.random.Generator, shape: tuple[int, int, int, int, int]) -> np.ndarray:
+    layers, experts, windows, ranks, _ = shape
+    load = rng.lognormal(0, 1.0, (layers, experts, 1)) * rng.lognormal(0, 0.3, (layers, experts, windows))
+    return (load * (ranks / load.sum(axis=1, keepdims=True))).astype(np.float32)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("connect", [False, True])
+def test_same_placement(compiled: Native, shape: tuple[int, int, int, int, int], connect: bool) -> None:
+    rng = np.random.default_rng(hash(shape) % 1000)
+    layers, experts, _, ranks, per_rank = shape
+    load = _load(rng, shape)
+    weight = load.mean(axis=2) + load.std(axis=2)
+    count = compiled.replicate(weight, ranks, ranks * per_rank, 1)
+    assert (count == Plain.replicate(weight, ranks, ranks * per_rank, 1)).all()
+    assert (count.sum(axis=1) == ranks * per_rank).all()
+    order = np.argsort(-(weight / count), axis=1, kind="stable").astype(np.int32)
+    slots = compiled.place(load, count, order, ranks, 1.0, connect)
+    assert (slots == Plain.place(load, count, order, ranks, 1.0, connect)).all()
+    for n in range(layers):
+        assert (np.bincount(slots[n].ravel(), minlength=experts) == count[n]).all()
+    node = (np.arange(ranks) * 2 // ranks).astype(np.int32)
+    for budget, reassign, least, nodes in (
+        (-1, False, 1, 0 * node),
+        (-1, True, 1, 0 * node),
+        (3, True, 1, 0 * node),
+        (-1, True, 1, node),
+    ):
+        options = Options(30.0, 1e-4, 30, 4, budget, connect, reassign, least)
+        a, b = (count.copy(), slots.copy()), (count.copy(), slots.copy())
+        first = compiled.improve(load, *a, nodes, options)
+        second = Plain.improve(load, *b, nodes, options)
+        assert (first == second).all()
+        assert (a[0] == b[0]).all()
+        assert (a[1] == b[1]).all()
+        written = (a[1] != slots).sum(axis=(1, 2))
+        assert (written <= first).all()
+        if budget >= 0:
+            assert (first <= budget).all()
+
+
+@pytest.mark.parametrize("shape", SHAPES[:3] + SHAPES[4:], ids=str)
+@pytest.mark.parametrize("connect", [False, True])
+def test_same_annealing(compiled: Native, shape: tuple[int, int, int, int, int], connect: bool) -> None:
+    load = _load(np.random.default_rng(3), shape)
+    ranks, per_rank = shape[3:]
+    weight = load.mean(axis=2)
+    count = compiled.replicate(weight, ranks, ranks * per_rank, 1)
+    order = np.argsort(-(weight / count), axis=1, kind="stable").astype(np.int32)
+    slots = compiled.place(load, count, order, ranks, 0.0, connect)
+    a, b = (count.copy(), slots.copy()), (count.copy(), slots.copy())
+    compiled.anneal(load, *a, 40.0, 400, connect, 1, 7)
+    Plain.anneal(load, *b, 40.0, 400, connect, 1, 7)
+    assert (a[0] == b[0]).all()
+    assert (a[1] == b[1]).all()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_same_shares(compiled: Native, shape: tuple[int, int, int, int, int]) -> None:
+    rng = np.random.default_rng(1)
+    _, experts, windows, ranks, per_rank = shape
+    load = np.ascontiguousarray(_load(rng, shape)[0].T.astype(np.float64))
+    load[0, : experts // 2] = 0
+    slots = np.concatenate([np.arange(experts), rng.integers(0, experts, ranks * per_rank)])
+    slots = slots[: max(experts, ranks * per_rank)].astype(np.int32)
+    rank_of = rng.permutation(np.arange(len(slots)) % ranks).astype(np.int32)
+    even = 1.0 / np.bincount(slots, minlength=experts)[slots]
+    for base in (None, rng.random(int(rank_of.max()) + 1)):
+        a, b = np.tile(even, (windows, 1)), np.tile(even, (windows, 1))
+        one = compiled.fill(load, slots, rank_of, a, base, 5, 1.5)
+        two = Plain.fill(load, slots, rank_of, b, base, 5, 1.5)
+        assert (a == b).all()
+        assert (one[0] == two[0]).all()
+        assert (one[1] == two[1]).all()
+
+
+def test_same_preparation(compiled: Native) -> None:
+    windows = np.random.default_rng(2).integers(0, 1000, (7, 3, 50)).astype(np.float64)
+    windows[2, 1] = 0
+    for a, b in zip(compiled.prepare(windows, 8), Plain.prepare(windows, 8), strict=True):
+        assert (a == b).all()
+    load, mean, std = compiled.prepare(windows, 8)
+    assert np.allclose(load.sum(axis=1), 8)
+    assert np.allclose(mean, load.mean(axis=2))
+    assert np.allclose(std, load.std(axis=2), atol=1e-6)
