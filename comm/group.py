@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from moeserve.comm.wire import GlooWire, Wire
+from moeserve.comm.wire import PairWire, Wire
 
 SMALL_ALL_REDUCE_BYTES = 64 * 1024
 """Up to here all_reduce sends the whole tensor to everyone, one hop; above, reduce_scatter and all_gather."""
@@ -28,7 +28,7 @@ class Group:
     wires: by device type ("cpu", "cuda"); empty for a group of one.
     """
 
-    def __init__(self, rank: int, ranks: Sequence[int], control: GlooWire | None, wires: Mapping[str, Wire]):
+    def __init__(self, rank: int, ranks: Sequence[int], control: PairWire | None, wires: Mapping[str, Wire]):
         self.rank = rank
         self.ranks = tuple(ranks)
         self.size = len(self.ranks)
@@ -93,8 +93,10 @@ class Group:
         """The bytes that member `source` gave; the others give None. Travels over the host network."""
         if self.rank == source:
             assert data is not None, "the source of a broadcast must give the bytes"
-            if self.size > 1:
-                self._send_bytes(data)
+            if self._control is not None:
+                self._control.send_to_all(torch.tensor([len(data)]))
+                if data:
+                    self._control.send_to_all(torch.frombuffer(bytearray(data), dtype=torch.uint8))
             return data
         assert self._control is not None
         length = torch.empty(1, dtype=torch.int64)
@@ -129,22 +131,12 @@ class Group:
         assert x.is_contiguous(), f"group operations take contiguous tensors, got strides {x.stride()}"
         return self._wires[x.device.type]
 
-    def _send_bytes(self, data: bytes) -> None:
-        assert self._control is not None
-        messages = [torch.tensor([len(data)])]
-        if data:
-            messages.append(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-        others = [i for i in range(self.size) if i != self.rank]
-        for work in [self._control.send(m, i) for m in messages for i in others]:
-            work.wait()
-
 
 def _ordered_sum(parts: Tensor) -> Tensor:
     """parts [size, ...] -> their sum in order of the first dim, in float32 for the narrower float types."""
-    total = parts[0].to(torch.float32) if parts.dtype.itemsize < 4 and parts.is_floating_point() else parts[0]
-    if len(parts) > 1:
-        total = total + parts[1]
-    for part in parts[2:]:
+    wide = parts.to(torch.float32) if parts.dtype.itemsize < 4 and parts.is_floating_point() else parts
+    total = wide[0] + wide[1]
+    for part in wide[2:]:
         total += part
     return total.to(parts.dtype)
 

@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import fcntl
 import ipaddress
+import itertools
 import logging
 import os
 import socket
 import struct
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from moeserve.comm.group import Group
+from moeserve.comm.host import share_host
 from moeserve.comm.layout import ParallelLayout
-from moeserve.comm.wire import GlooWire, NcclWire, Wire
+from moeserve.comm.shared import SharedPairs
+from moeserve.comm.wire import GlooPairs, NcclWire, PairWire, Wire
 
 logger = logging.getLogger(__name__)
 
 AXES = ("world", "stage", "pp", "dp", "cp", "tp", "ep", "etp")
 BACKENDS = {"gloo": "cpu:gloo", "nccl": "cpu:gloo,cuda:nccl"}
+
+_tags = itertools.count()  # of this process's meshes: the same number on every rank
 
 
 def start(
@@ -65,35 +71,53 @@ class Mesh:
     """The groups that a rank belongs to: pp, dp, cp, tp, ep, etp, stage and world.
 
     Every rank makes the same meshes in the same order, after start. Groups of one need no process group; over
-    NCCL, groups with the same ranks share one communicator.
+    NCCL, groups with the same ranks share one communicator. The groups of one mesh are used by one thread:
+    another thread that talks to other ranks needs a mesh of its own.
+
+    shared_memory: whether CPU tensors pass through shared memory in groups whose ranks are all on this host;
+    where that is not to be had (Arm, containers that do not see one another) they go over gloo as all others.
 
     Raises ValueError when the layout does not have as many ranks as the job.
     """
 
-    def __init__(self, layout: ParallelLayout, rank: int) -> None:
+    def __init__(self, layout: ParallelLayout, rank: int, *, shared_memory: bool = True) -> None:
         joined = dist.get_world_size() if dist.is_initialized() else 1
         if layout.world_size != joined:
             raise ValueError(f"layout has {layout.world_size} ranks, the job has {joined}: {layout}")
         self.layout = layout
         self.rank = rank
+        far = _gloo_pairs() if joined > 1 else None
+        near = _shared_pairs(far, rank, joined) if far and shared_memory else None
         nccl = _nccl_groups(layout)
-        groups = [
-            _make_group(layout.group_ranks(axis, rank), rank, tag, nccl) for tag, axis in enumerate(AXES)
-        ]
-        self.world, self.stage, self.pp, self.dp, self.cp, self.tp, self.ep, self.etp = groups
+
+        def group(axis: str) -> Group:
+            ranks = layout.group_ranks(axis, rank)
+            me = ranks.index(rank)
+            if far is None or len(ranks) == 1:
+                return Group(me, ranks, None, {})
+            wire = PairWire(near if near and near.ranks.issuperset(ranks) else far, ranks, me)
+            wires: dict[str, Wire] = {"cpu": wire}
+            if ranks in nccl:
+                wires["cuda"] = NcclWire(nccl[ranks])
+            return Group(me, ranks, wire, wires)
+
+        self.world, self.stage, self.pp, self.dp, self.cp, self.tp, self.ep, self.etp = map(group, AXES)
 
 
-def _make_group(
-    ranks: tuple[int, ...], rank: int, tag: int, nccl: dict[tuple[int, ...], dist.ProcessGroup]
-) -> Group:
-    me = ranks.index(rank)
-    if len(ranks) == 1:
-        return Group(me, ranks, None, {})
-    gloo = GlooWire(dist.group.WORLD._get_backend(torch.device("cpu")), ranks, me, tag)  # type: ignore[union-attr]
-    wires: dict[str, Wire] = {"cpu": gloo}
-    if ranks in nccl:
-        wires["cuda"] = NcclWire(nccl[ranks])
-    return Group(me, ranks, gloo, wires)
+def _gloo() -> Any:
+    world = dist.group.WORLD
+    assert world is not None
+    return world._get_backend(torch.device("cpu"))
+
+
+def _gloo_pairs() -> GlooPairs:
+    return GlooPairs(_gloo(), next(_tags))
+
+
+def _shared_pairs(far: GlooPairs, rank: int, size: int) -> SharedPairs | None:
+    wire = PairWire(far, range(size), rank)
+    timeout = _gloo().options._timeout.total_seconds()
+    return share_host(Group(rank, range(size), wire, {"cpu": wire}), timeout)
 
 
 def _nccl_groups(layout: ParallelLayout) -> dict[tuple[int, ...], dist.ProcessGroup]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import atexit
-import ctypes
 import faulthandler
+import fcntl
 import importlib
 import importlib.util
 import multiprocessing
@@ -17,6 +17,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -39,11 +40,12 @@ def start_process(
     target is a function of an importable module, args can be pickled. The process is forked from a server
     that has torch imported already (the first call starts the server and pays the import). It has this
     process's environment, but what torch reads at import (OMP_NUM_THREADS) counts as it was at the first
-    call. It is killed when this process is killed (PR_SET_PDEATHSIG, through the server) and when this
-    process exits without having waited for it; it may start processes of its own.
+    call. The kernel kills it when this process ends in any way without having waited for it; it may start
+    processes of its own, which are bound to it in the same way.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
+    _ensure_fork_server()
     process = context.Process(
         target=_run_bound_to_parent, args=(dict(os.environ), target, tuple(args)), name=name
     )
@@ -211,6 +213,17 @@ def _manner_of_death(exit_code: int | None) -> str:
     return f"died with exit code {exit_code}"
 
 
+def _ensure_fork_server() -> None:
+    """Starts the fork server deaf to SIGTERM: it often comes to a whole process group, and with the server its
+    processes would die, before the one process that is to end them in order has done so."""
+    resource_tracker.ensure_running()  # first: it would unblock the signal again
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
 def _run_bound_to_parent(
     environment: dict[str, str], target: Callable[..., object], args: tuple[Any, ...]
 ) -> None:
@@ -221,11 +234,17 @@ def _run_bound_to_parent(
 
 
 def _die_with_parent() -> None:
-    """Has the kernel kill this process when its parent, the fork server, ends; that ends with our starter."""
-    set_parent_death_signal = 1
-    ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, signal.SIGKILL, 0, 0, 0)
+    """Has the kernel send this process SIGKILL at the moment its starter's end of their pipe closes.
+
+    PR_SET_PDEATHSIG would watch the fork server instead, and that lives as long as any of its children.
+    """
     parent = multiprocessing.parent_process()
-    if parent is not None and wait([parent.sentinel], 0):  # it ended before the request
+    assert parent is not None
+    pipe = parent.sentinel
+    fcntl.fcntl(pipe, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(pipe, fcntl.F_SETSIG, signal.SIGKILL)
+    fcntl.fcntl(pipe, fcntl.F_SETFL, fcntl.fcntl(pipe, fcntl.F_GETFL) | os.O_ASYNC)
+    if wait([pipe], 0):  # it ended before the request
         os._exit(1)
 
 

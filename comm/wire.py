@@ -1,6 +1,6 @@
-"""The two moves every group operation is made of, rows to all and rows to each, over gloo and over NCCL.
+"""The two moves every group operation is made of, rows to all and rows to each: pair by pair, or over NCCL.
 
-Knows process groups and ranks; knows nothing of sums, layouts or why the rows travel.
+Knows ranks and rows; knows nothing of sums, layouts or why the rows travel.
 """
 
 from __future__ import annotations
@@ -24,21 +24,44 @@ class Wire(Protocol):
         ...
 
 
-class GlooWire:
-    """CPU tensors: every pair of members exchanges its rows directly on the job's one gloo process group.
+class Pairs(Protocol):
+    """Messages between this process and single other ranks; those of one pair arrive in order."""
 
-    One hop on the calling thread. gloo's own all_gather is a ring of size - 1 hops through a worker thread
-    and takes 5 times as long for a few rows. No process group is made for a subgroup: the tag keeps groups
-    apart, and messages of one pair and tag arrive in the order they were sent.
+    def exchange(self, sent: Sequence[tuple[int, Tensor]], got: Sequence[tuple[int, Tensor]]) -> None:
+        """Sends each tensor to its global rank, fills those of `got` from theirs; both ends know the sizes.
+
+        Tensors are contiguous CPU tensors and not empty. Raises RuntimeError when a rank is gone or too late.
+        """
+        ...
+
+
+class GlooPairs:
+    """Pairs over the job's one gloo process group; ranks with different tags are different streams.
+
+    Runs on the calling thread. gloo's own collectives go through a worker thread, and its all_gather is a ring of
+    size - 1 hops: five times as long for a few rows.
     """
 
-    def __init__(self, gloo: Any, ranks: Sequence[int], me: int, tag: int) -> None:
+    def __init__(self, gloo: Any, tag: int) -> None:
         self._gloo = gloo
-        self._ranks = tuple(ranks)
-        self._me = me
         self._tag = tag
+
+    def exchange(self, sent: Sequence[tuple[int, Tensor]], got: Sequence[tuple[int, Tensor]]) -> None:
+        works = [self._gloo.recv([x], rank, self._tag) for rank, x in got]
+        works += [self._gloo.send([x], rank, self._tag) for rank, x in sent]
+        for work in works:
+            work.wait()
+
+
+class PairWire:
+    """CPU tensors: every member exchanges its rows with every other directly, in one hop."""
+
+    def __init__(self, pairs: Pairs, ranks: Sequence[int], me: int) -> None:
+        self._pairs = pairs
+        self._me = me
         # Each member starts with its own right-hand neighbour, so that no member is everyone's first target.
-        self._peers = [(me + d) % len(ranks) for d in range(1, len(ranks))]
+        size = len(ranks)
+        self._peers = [(i, ranks[i]) for i in ((me + d) % size for d in range(1, size))]
 
     def all_gather(self, x: Tensor, out: Tensor, sizes: Sequence[int]) -> None:
         parts = out.split_with_sizes(list(sizes))
@@ -52,18 +75,18 @@ class GlooWire:
 
     def exchange(self, sent: Sequence[Tensor], got: Sequence[Tensor]) -> None:
         """sent[i] to member i and got[i] from member i, all but our own; empty tensors do not travel."""
-        gloo, ranks, tag = self._gloo, self._ranks, self._tag
-        works = [gloo.recv([got[i]], ranks[i], tag) for i in self._peers if got[i].numel()]
-        works += [gloo.send([sent[i]], ranks[i], tag) for i in self._peers if sent[i].numel()]
-        for work in works:
-            work.wait()
+        self._pairs.exchange(
+            [(rank, sent[i]) for i, rank in self._peers if sent[i].numel()],
+            [(rank, got[i]) for i, rank in self._peers if got[i].numel()],
+        )
 
-    def send(self, x: Tensor, target: int) -> Any:
-        """Starts sending x to a member; the answer's wait() returns once x may be written again."""
-        return self._gloo.send([x], self._ranks[target], self._tag)
+    def send_to_all(self, x: Tensor) -> None:
+        """The same tensor to every other member; they call receive."""
+        self._pairs.exchange([(rank, x) for _, rank in self._peers], [])
 
     def receive(self, out: Tensor, source: int) -> None:
-        self._gloo.recv([out], self._ranks[source], self._tag).wait()
+        """Fills out with what member `source` sent to all."""
+        self._pairs.exchange([], [(rank, out) for i, rank in self._peers if i == source])
 
 
 class NcclWire:

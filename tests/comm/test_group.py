@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from moeserve.comm import shared
 from moeserve.comm.group import SMALL_ALL_REDUCE_BYTES, Group
 from moeserve.comm.layout import ParallelLayout
 from moeserve.comm.mesh import Mesh, interface_to, start
@@ -37,8 +38,8 @@ def same(name: str, got: Tensor, expected: Tensor) -> None:
     assert torch.equal(got, expected), name
 
 
-def check_operations(rank: int, size: int) -> None:
-    group = Mesh(ParallelLayout(tp=size), rank).tp
+def check_operations(rank: int, size: int, shared_memory: bool) -> None:
+    group = Mesh(ParallelLayout(tp=size), rank, shared_memory=shared_memory).tp
     assert (group.rank, group.size, group.ranks) == (rank, size, tuple(range(size)))
     for dtype in DTYPES:
         for width in (1, 7, 64):
@@ -65,8 +66,8 @@ def check_operations(rank: int, size: int) -> None:
             same("all_to_all", got, torch.cat([p[rank] for p in parts]))
 
 
-def check_large_all_reduce(rank: int, size: int) -> None:
-    group = Mesh(ParallelLayout(tp=size), rank).tp
+def check_large_all_reduce(rank: int, size: int, shared_memory: bool) -> None:
+    group = Mesh(ParallelLayout(tp=size), rank, shared_memory=shared_memory).tp
     rows = SMALL_ALL_REDUCE_BYTES // 64 + 1
     xs = inputs(size, [rows] * size, 67, torch.bfloat16)
     same("all_reduce", group.all_reduce(xs[rank]), ordered_sum(xs))
@@ -74,8 +75,8 @@ def check_large_all_reduce(rank: int, size: int) -> None:
     same("rows do not depend on their company", group.all_reduce(xs[rank][:2].contiguous()), small)
 
 
-def check_host_operations(rank: int, size: int) -> list[list[int]]:
-    group = Mesh(ParallelLayout(tp=size), rank).tp
+def check_host_operations(rank: int, size: int, shared_memory: bool) -> list[list[int]]:
+    group = Mesh(ParallelLayout(tp=size), rank, shared_memory=shared_memory).tp
     for source in range(size):
         for data in (b"", b"x", bytes(range(256)) * 1000):
             assert group.broadcast_bytes(data if rank == source else None, source) == data
@@ -93,16 +94,32 @@ def mesh_sums(rank: int, layout: ParallelLayout) -> dict[str, int]:
 
 @pytest.mark.multi_rank
 @pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("shared_memory", [False, True])
 @pytest.mark.parametrize("check", [check_operations, check_large_all_reduce])
-def test_tensor_operations(rank_pool: GetPool, size: int, check: Callable[..., None]) -> None:
-    rank_pool(size).run(check, size)
+def test_tensor_operations(
+    rank_pool: GetPool, size: int, check: Callable[..., None], shared_memory: bool
+) -> None:
+    rank_pool(size).run(check, size, shared_memory)
 
 
 @pytest.mark.multi_rank
 @pytest.mark.parametrize("size", [2, 4])
-def test_host_operations(rank_pool: GetPool, size: int) -> None:
+@pytest.mark.parametrize("shared_memory", [False, True])
+def test_host_operations(rank_pool: GetPool, size: int, shared_memory: bool) -> None:
     expected = [[rank, -1, 2**40] for rank in range(size)]
-    assert rank_pool(size).run(check_host_operations, size) == [expected] * size
+    assert rank_pool(size).run(check_host_operations, size, shared_memory) == [expected] * size
+
+
+def kind_of_wire(rank: int, shared_memory: bool) -> str:
+    group = Mesh(ParallelLayout(tp=2), rank, shared_memory=shared_memory).world
+    return type(group._control._pairs).__name__  # type: ignore[union-attr]
+
+
+@pytest.mark.multi_rank
+@pytest.mark.skipif(not shared.supported, reason="shared memory needs x86 and Linux")
+def test_ranks_of_a_host_share_memory(rank_pool: GetPool) -> None:
+    assert rank_pool(2).run(kind_of_wire, True) == ["SharedPairs"] * 2
+    assert rank_pool(2).run(kind_of_wire, False) == ["GlooPairs"] * 2
 
 
 @pytest.mark.multi_rank

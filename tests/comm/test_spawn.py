@@ -9,9 +9,11 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
+from moeserve.comm.group import Group
 from moeserve.comm.layout import ParallelLayout
 from moeserve.comm.mesh import Mesh
 from moeserve.comm.spawn import RankError, RankPool
@@ -36,8 +38,12 @@ def environment(rank: int, name: str) -> str | None:
     return os.environ.get(name)
 
 
+def join(rank: int, shared_memory: bool = True) -> Group:
+    return Mesh(ParallelLayout(tp=2), rank, shared_memory=shared_memory).world
+
+
 def meet(rank: int) -> None:
-    Mesh(ParallelLayout(tp=2), rank).world.barrier()
+    join(rank).barrier()
 
 
 def raise_on_one(rank: int) -> None:
@@ -46,10 +52,11 @@ def raise_on_one(rank: int) -> None:
     meet(rank)
 
 
-def die_on_one(rank: int) -> None:
+def die_on_one(rank: int, shared_memory: bool) -> None:
+    group = join(rank, shared_memory)
     if rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    meet(rank)
+    group.barrier()
 
 
 def sleep_on_one(rank: int) -> None:
@@ -58,10 +65,11 @@ def sleep_on_one(rank: int) -> None:
     meet(rank)
 
 
-def late_on_one(rank: int) -> None:
+def late_on_one(rank: int, shared_memory: bool) -> None:
+    group = join(rank, shared_memory)
     if rank == 1:
         time.sleep(30)
-    meet(rank)
+    group.barrier()
 
 
 def unpicklable(rank: int) -> Callable[[], int]:
@@ -88,10 +96,11 @@ def test_exception(rank_pool: GetPool) -> None:
     still_works(rank_pool(2))
 
 
-def test_killed_rank(rank_pool: GetPool) -> None:
+@pytest.mark.parametrize("shared_memory", [False, True])
+def test_killed_rank(rank_pool: GetPool, shared_memory: bool) -> None:
     start = time.monotonic()
     with pytest.raises(RankError, match="rank 1 died of SIGKILL") as caught:
-        rank_pool(2).run(die_on_one)
+        rank_pool(2).run(die_on_one, shared_memory)
     assert caught.value.rank == 1
     assert time.monotonic() - start < 10
     still_works(rank_pool(2))
@@ -112,11 +121,12 @@ def test_hanging_rank(rank_pool: GetPool) -> None:
     still_works(rank_pool(2))
 
 
-def test_operation_timeout() -> None:
+@pytest.mark.parametrize("shared_memory", [False, True])
+def test_operation_timeout(shared_memory: bool) -> None:
     with RankPool(2, operation_timeout=1) as pool:
         start = time.monotonic()
         with pytest.raises(RankError, match="in barrier") as caught:
-            pool.run(late_on_one)
+            pool.run(late_on_one, shared_memory)
         assert caught.value.rank == 0
         assert time.monotonic() - start < 20
 
@@ -138,35 +148,41 @@ def test_ranks_have_our_environment(monkeypatch: pytest.MonkeyPatch, rank_pool: 
         assert pool.run(environment, "MOESERVE_TEST_WORD") == ["here"]
 
 
-PARENT = """
+FAMILY = """
     import os, sys, time
     from moeserve.comm.spawn import start_process
+
+    def live(generations):
+        if generations:
+            start_process(live, (generations - 1,))
+        print(os.getpid(), flush=True)
+        time.sleep(1000)
+
     if __name__ == "__main__":
-        children = [start_process(time.sleep, (1000,)) for _ in range(2)]
-        print(*[child.pid for child in children], flush=True)
+        start_process(live, (0,))
+        start_process(live, (1,))
+        sys.stdin.readline()
         {end}
 """
 
 
-@pytest.mark.parametrize("end", ["sys.stdin.read()", "sys.exit(3)", "raise KeyError"])
-def test_no_orphans(tmp_path_factory: pytest.TempPathFactory, end: str) -> None:
-    script = tmp_path_factory.mktemp("parent") / "parent.py"
-    script.write_text(textwrap.dedent(PARENT.format(end=end)))
+@pytest.mark.slow
+@pytest.mark.parametrize("end", ["os.kill(os.getpid(), 9)", "sys.exit(3)"])
+def test_no_orphans(tmp_path: Path, end: str) -> None:
+    script = tmp_path / "family.py"
+    script.write_text(textwrap.dedent(FAMILY.format(end=end)))
     path = os.pathsep.join(p for p in sys.path if p)
     with subprocess.Popen(
         [sys.executable, str(script)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
         env=os.environ | {"PYTHONPATH": path},
     ) as parent:
-        assert parent.stdout is not None
-        pids = [int(word) for word in parent.stdout.readline().split()]
-        assert len(pids) == 2
-        if end == "sys.stdin.read()":
-            assert all(alive(p) for p in pids)
-            parent.send_signal(signal.SIGKILL)
-        assert parent.wait(20) in (-signal.SIGKILL, 3, 1)
+        assert parent.stdout is not None and parent.stdin is not None
+        pids = [int(parent.stdout.readline()) for _ in range(3)]
+        assert all(alive(p) for p in pids)
+        parent.stdin.close()
+        assert parent.wait(20) in (-signal.SIGKILL, 3)
         deadline = time.monotonic() + 10
         while any(alive(p) for p in pids):
             assert time.monotonic() < deadline, "orphans"
