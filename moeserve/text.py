@@ -77,6 +77,9 @@ class Tokenizer:
         self._bytes: dict[int, bytes] = {}
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """ValueError when the text is no Unicode (half a surrogate pair). Lets other threads run meanwhile."""
+        if not text.isascii():
+            text.encode()  # the library would raise TypeError
         ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
@@ -109,7 +112,7 @@ class Tokenizer:
             return self._template.render(
                 values, messages=list(messages), add_generation_prompt=add_generation_prompt
             )
-        except (jinja2.TemplateError, TypeError, KeyError) as error:
+        except Exception as error:  # the template is a program of the model's, its errors are of any kind
             raise ValueError(f"messages: the model's chat template refuses them: {error}") from None
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import time
 from collections.abc import Callable
@@ -23,6 +24,8 @@ from moeserve.server.metrics import CONTENT_TYPE, render
 from moeserve.server.render import ChatRenderer, CompletionRenderer
 from moeserve.server.resolve import Resolved, resolve_chat, resolve_completion
 from moeserve.server.settings import ServerSettings
+
+LARGE_BODY_BYTES = 32 << 10  # more text than this takes milliseconds to tokenize
 
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": openai.ErrorAnswer, "description": text}
@@ -91,11 +94,15 @@ def _add_openai_routes(app: FastAPI, frontend: Frontend, settings: ServerSetting
 
     stream_schema = {"text/event-stream": {"schema": {"type": "string"}}}
 
-    async def create_completion(request: Any) -> Response:
-        return answer(resolve_completion(request, tokenizer, limits(), random_seed()), CompletionRenderer)
+    async def create_completion(request: Any, raw: Request) -> Response:
+        given = (request, tokenizer, limits(), random_seed())
+        resolved = await _run(resolve_completion, raw, *given)
+        return answer(resolved, CompletionRenderer)
 
-    async def create_chat_completion(request: Any) -> Response:
-        return answer(resolve_chat(request, tokenizer, limits(), random_seed()), ChatRenderer)
+    async def create_chat_completion(request: Any, raw: Request) -> Response:
+        given = (request, tokenizer, limits(), random_seed())
+        resolved = await _run(resolve_chat, raw, *given)
+        return answer(resolved, ChatRenderer)
 
     create_completion.__annotations__["request"] = completion_request
     create_chat_completion.__annotations__["request"] = chat_request
@@ -163,6 +170,14 @@ def _add_probes(app: FastAPI, frontend: Frontend) -> None:
     @app.get("/metrics", response_class=Response)
     async def metrics() -> Response:
         return Response(render(frontend.registry), headers={"content-type": CONTENT_TYPE})
+
+
+async def _run(resolve: Callable[..., Resolved], raw: Request, *given: Any) -> Resolved:
+    """In a thread when there is much to tokenize, so that running streams go on."""
+    length = raw.headers.get("content-length", "")
+    if length.isdigit() and int(length) < LARGE_BODY_BYTES:
+        return resolve(*given)
+    return await asyncio.to_thread(resolve, *given)
 
 
 async def _on_api_error(request: Request, error: Exception) -> Response:

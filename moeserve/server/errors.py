@@ -29,7 +29,8 @@ class ApiError(Exception):
         self.headers = headers or {}
 
     def body(self) -> bytes:
-        error = {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}
+        param = None if self.param is None else _sendable(self.param)
+        error = {"message": _sendable(self.message), "type": self.kind, "param": param, "code": self.code}
         return msgspec.json.encode({"error": error})
 
 
@@ -38,6 +39,11 @@ def bad_value(param: str, value: object, wanted: str, code: str | None = "invali
     shown = repr(value)
     shown = shown if len(shown) <= 80 else shown[:77] + "..."
     return ApiError(400, f"{param}: {shown} is not accepted; {wanted}", param=param, code=code)
+
+
+def _sendable(text: str) -> str:
+    """JSON lets half a surrogate pair in, UTF-8 does not let it out."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def too_busy(message: str) -> ApiError:

@@ -115,7 +115,7 @@ class ChatRenderer(_Answer):
                 else:
                     self._begun.add(index)
                     content = b'{"role":"assistant","content":%b}' % encode(delta.text)
-                if delta.logprobs is not None:
+                if index in self._held:
                     logprobs = encode({"content": self._held.pop(index), "refusal": None})
                 choice = b'{"index":%d,"delta":%b,"logprobs":%b,"finish_reason":null}' % (
                     index,

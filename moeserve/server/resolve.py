@@ -84,9 +84,9 @@ def resolve_chat(request: ChatRequest, tokenizer: Tokenizer, settings: ServerSet
         messages.append({"role": role, "content": text})
     try:
         rendered = tokenizer.render_chat(messages, template_values=request.chat_template_kwargs)
+        prompt = tokenizer.encode(rendered, add_special_tokens=False)
     except ValueError as error:
         raise ApiError(400, str(error), param="messages", code="invalid_value") from None
-    prompt = tokenizer.encode(rendered, add_special_tokens=False)
     if not prompt:
         raise bad_value("messages", "", "the model's chat template makes an empty prompt of them")
     left = settings.max_seq_len - len(prompt)

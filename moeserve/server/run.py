@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import resource
 import signal
 import socket
 from collections.abc import Iterator
@@ -65,6 +66,7 @@ class HttpServer:
 
     async def serve(self) -> int:
         """Serves until stop() or the engine's death; Frontend.run() must be going in this event loop."""
+        _allow_many_connections()
         serving = asyncio.create_task(self._server.serve(sockets=[self._listener]), name="http")
         dead = asyncio.create_task(self._frontend.dead.wait())
         stopped = asyncio.create_task(self._stop.wait())
@@ -110,6 +112,12 @@ class HttpServer:
                 self._frontend.end_all()
                 deadline = None
             await asyncio.sleep(POLL_SECONDS)
+
+
+def _allow_many_connections() -> None:
+    """Every connection is an open file; the usual soft limit of 1024 would keep clients waiting unanswered."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 class _Server(uvicorn.Server):

@@ -26,7 +26,7 @@ class ServerSettings:
     max_stop_strings: int = 4
     max_stop_length: int = 256  # characters
     max_logit_bias: int = 1024
-    max_body_bytes: int = 16 << 20
+    max_body_bytes: int = 4 << 20
     request_timeout: float | None = None  # seconds from arrival to the last token
     heartbeat_timeout: float = 30.0  # seconds without a word from a rank until readiness fails
     drain_timeout: float | None = None  # seconds that running requests have after SIGTERM

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import httpx
@@ -9,6 +10,7 @@ import pytest
 
 CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"
+JSON = {"content-type": "application/json"}
 USER = [{"role": "user", "content": "Hi"}]
 
 # path, change to a right request, status, param, part of the message
@@ -68,6 +70,10 @@ CASES: list[tuple[str, dict[str, Any], int, str | None, str]] = [
     (TEXT, {"stream_options": {"include_usage": True}}, 400, "stream_options", "stream: true"),
     (TEXT, {"stream": "yes"}, 400, "stream", "'yes'"),
     (TEXT, {"echo": 1}, 400, "echo", "1"),
+    (TEXT, {"prompt": "\ud800"}, 400, "prompt", "'\\ud800'"),
+    (TEXT, {"logit_bias": {"\ud800": 1}}, 400, None, ""),
+    (TEXT, {"logit_bias": {"5": float("nan")}}, 400, "logit_bias.5", "nan"),
+    (TEXT, {"suffix": "\ud800"}, 400, "suffix", ""),
     (CHAT, {"messages": []}, 400, "messages", "[]"),
     (CHAT, {"messages": "Hi"}, 400, "messages", "'Hi'"),
     (CHAT, {"messages": ...}, 400, "messages", "required"),
@@ -119,7 +125,8 @@ def test_refused(
     right: dict[str, Any] = {"model": "toy/model"}
     right |= {"messages": USER} if path == CHAT else {"prompt": "Hi"}
     body = {key: value for key, value in {**right, **change}.items() if value is not ...}
-    error = check_error(server.web.post(path, json=body), status, said)
+    content = json.dumps(body)
+    error = check_error(server.web.post(path, content=content, headers=JSON), status, said)
     if param is not None:
         assert error["param"] == param
     assert error["type"] == "invalid_request_error"
@@ -136,6 +143,8 @@ def test_refused(
         ("POST", TEXT, b'"text"', 400, "JSON object"),
         ("POST", TEXT, b"\xff\xfe", 400, ""),
         ("POST", TEXT, b'{"prompt": NaN}', 400, ""),
+        ("POST", TEXT, b'{"prompt": ' + b"[" * 100_000, 400, ""),
+        ("POST", TEXT, b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", 400, ""),
         ("GET", TEXT, None, 405, "does not take GET"),
         ("DELETE", "/v1/models", None, 405, "does not take DELETE"),
         ("GET", "/nothing/here", None, 404, "no /nothing/here"),
@@ -146,8 +155,7 @@ def test_refused(
 def test_refused_before_it_is_a_request(
     server: Any, method: str, path: str, content: bytes | None, status: int, said: str
 ) -> None:
-    headers = {"content-type": "application/json"}
-    response = server.web.request(method, path, content=content, headers=headers)
+    response = server.web.request(method, path, content=content, headers=JSON)
     check_error(response, status, said)
     assert (status == 405) == ("allow" in response.headers)
 
