@@ -19,8 +19,7 @@ from moeserve.engine.scheduler import ScheduledBatch
 from moeserve.engine.sequence import GREEDY_BELOW, Sequence, StepResult, adjusts_logits
 from moeserve.messages import SamplingParams, TokenLogprob
 
-# The most likely tokens are looked at first, the whole vocabulary only where they do not decide.
-NUM_CANDIDATES = 1024
+BLOCK = 128  # tokens whose probabilities are summed first when a token is drawn from all
 SCORED_AT_ONCE = 256  # rows of log-probabilities held at a time
 
 Ints = NDArray[np.int64]
@@ -63,8 +62,10 @@ def sample(logits: Tensor, batch: ScheduledBatch) -> list[StepResult]:
 
 def choose_tokens(logits: Tensor, sequences: Listing[Sequence]) -> list[int]:
     """The next token of each sequence from float32 [R, V] logits: bias and penalties, then temperature,
-    top-k, top-p (of what top-k left), min-p, and the inverse of the cumulative distribution in descending
-    order."""
+    top-k, top-p (of what top-k left), min-p, and the inverse of the cumulative distribution.
+
+    That is taken in the order of ids: two tokens of nearly equal probability, which rounding may swap, then
+    do not swap places in it."""
     params = [sequence.params for sequence in sequences]
     adjusted = [row for row, p in enumerate(params) if adjusts_logits(p)]
     if adjusted:
@@ -95,7 +96,7 @@ def token_logprobs(logits: Tensor, tokens: Listing[int], num_top: int) -> list[T
         of = tokens[start : start + SCORED_AT_ONCE]
         index = torch.tensor(of, dtype=torch.int64, device=logits.device)[:, None]
         logprobs = block.log_softmax(-1)
-        ranks = ((block > block.gather(1, index)).sum(-1) + 1).tolist()
+        ranks = (1 + np.count_nonzero((block > block.gather(1, index)).cpu().numpy(), axis=1)).tolist()
         chosen = logprobs.gather(1, index)[:, 0].tolist()
         if num_top:
             ids = _top_ids(block, num_top)
@@ -170,11 +171,11 @@ def _adjust(logits: Tensor, rows: list[int], sequences: Listing[Sequence]) -> No
     if not len(unique):
         return
     counts = np.bincount(inverse, weights=np.concatenate(output))
-    row_of = (unique // vocabulary).tolist()
-    params = [sequences[row].params for row in row_of]
-    repetition = np.array([p.repetition_penalty for p in params])
-    loss = counts * [p.frequency_penalty for p in params]
-    loss += (counts > 0) * np.array([p.presence_penalty for p in params])
+    row_of = unique // vocabulary
+    params = [sequence.params for sequence in sequences]
+    repetition = np.array([p.repetition_penalty for p in params])[row_of]
+    loss = counts * np.array([p.frequency_penalty for p in params])[row_of]
+    loss += (counts > 0) * np.array([p.presence_penalty for p in params])[row_of]
 
     index_of = torch.from_numpy(unique).to(flat.device)
     penalty = torch.from_numpy(repetition).to(flat)
@@ -185,83 +186,109 @@ def _adjust(logits: Tensor, rows: list[int], sequences: Listing[Sequence]) -> No
 
 def _draw(probabilities: Tensor, params: Listing[SamplingParams], random: Listing[float]) -> list[int]:
     """One token a row of float32 [R, V] probabilities."""
-    top, ids, num_known = _descending(probabilities, NUM_CANDIDATES)
-    picked = _pick(top, num_known, probabilities.shape[1], params, random)
-    tokens = np.take_along_axis(ids, np.maximum(picked, 0)[:, None], axis=1)[:, 0]
-    for row in np.flatnonzero(picked < 0).tolist():
-        # Each on its own, so that no row's arithmetic depends on which others are undecided.
-        top, ids, num_known = _descending(probabilities[row : row + 1], probabilities.shape[1])
-        pick = _pick(top, num_known, probabilities.shape[1], params[row : row + 1], random[row : row + 1])
-        tokens[row] = ids[0, pick[0]]
-    found: list[int] = tokens.tolist()
-    return found
+    tokens = [0] * len(params)
+    filtered = [p.top_k > 0 or p.top_p < 1 or p.min_p > 0 for p in params]
+    for draw, which in ((_draw_from_all, False), (_draw_from_likely, True)):
+        rows = [row for row, is_filtered in enumerate(filtered) if is_filtered == which]
+        if rows:
+            of = [params[row] for row in rows]
+            drawn = draw(_select(probabilities, rows), of, np.array([random[row] for row in rows]))
+            for row, token in zip(rows, drawn.tolist(), strict=True):
+                tokens[row] = token
+    return tokens
 
 
-def _pick(
-    probabilities: Floats,
-    num_known: Ints,
-    vocabulary: int,
-    params: Listing[SamplingParams],
-    random: Listing[float],
-) -> Ints:
-    """The place in each row's descending probabilities [R, C] that its random number falls on; -1 where the
-    first num_known of them (all of the vocabulary, or those that are surely the most likely) do not decide
-    it.
+def _draw_from_all(probabilities: Tensor, params: Listing[SamplingParams], random: Floats) -> Ints:
+    """Rows without a filter: first the block of tokens, then the token in it."""
+    blocks = torch.nn.functional.pad(probabilities, (0, -probabilities.shape[1] % BLOCK))
+    blocks = blocks.view(len(params), -1, BLOCK)
+    block, rest = _invert(blocks.sum(-1).double().cpu().numpy(), random)
+    inside = blocks[torch.arange(len(params)), torch.from_numpy(block)]
+    place, _ = _invert(inside.double().cpu().numpy(), rest)
+    return block * BLOCK + place
 
-    The three filters each keep the most likely so many, so together they keep the fewest of these.
-    """
-    rows, width = np.arange(len(params)), probabilities.shape[1]
-    cumulative = probabilities.cumsum(axis=1)
-    known = np.arange(width) < num_known[:, None]
-    known_mass = np.where(num_known > 0, cumulative[rows, num_known - 1], 0.0)
-    whole = num_known == vocabulary
 
-    top_k = np.array([min(p.top_k, vocabulary) if p.top_k > 0 else vocabulary for p in params])
-    mass = np.where(top_k <= num_known, cumulative[rows, np.minimum(top_k, width) - 1], 1.0)
-    needed = np.array([p.top_p for p in params]) * mass
-    before = np.zeros_like(cumulative)
-    before[:, 1:] = cumulative[:, :-1]
-    num_top_p = ((before < needed[:, None]) & known).sum(axis=1)
-    has_top_p = np.array([p.top_p < 1 for p in params])
-    unsure = (known_mass < needed) | ((num_known < top_k) & (top_k < vocabulary))
-    num_top_p[~has_top_p | (~whole & unsure)] = vocabulary
-    least = np.array([p.min_p for p in params]) * probabilities[:, 0]
-    num_min_p = ((probabilities >= least[:, None]) & known).sum(axis=1)
-    num_min_p[num_min_p == num_known] = vocabulary
-    kept = np.maximum(np.minimum(np.minimum(top_k, num_top_p), num_min_p), 1)
+def _draw_from_likely(probabilities: Tensor, params: Listing[SamplingParams], random: Floats) -> Ints:
+    """Rows with a filter: only tokens that may pass, mostly few, are put in order."""
+    vocabulary = probabilities.shape[1]
+    least = _least_probability(probabilities, params)
+    flat = np.flatnonzero((probabilities >= least[:, None]).cpu().numpy())
+    values = probabilities.reshape(-1)[torch.from_numpy(flat).to(probabilities.device)].double().cpu().numpy()
+    edges = np.searchsorted(flat, np.arange(len(params) + 1) * vocabulary).tolist()
+    tokens = np.zeros(len(params), dtype=np.int64)
+    for row, p in enumerate(params):
+        value = values[edges[row] : edges[row + 1]]
+        kept = _kept(value, p)
+        place, _ = _invert(value[kept][None], random[row : row + 1])
+        tokens[row] = flat[edges[row] + kept[place[0]]] - row * vocabulary
+    return tokens
 
-    unfiltered = np.array([p.top_k <= 0 and p.top_p >= 1 and p.min_p <= 0 for p in params])
-    kept_mass = np.where(kept <= num_known, cumulative[rows, np.minimum(kept, width) - 1], 1.0)
-    target = np.array(random) * kept_mass
-    decided = (kept <= num_known) | (unfiltered & (target < known_mass))
-    place = np.minimum((cumulative <= target[:, None]).sum(axis=1), kept - 1)
-    return np.where(decided, place, -1)
+
+def _least_probability(probabilities: Tensor, params: Listing[SamplingParams]) -> Tensor:
+    """[R] a probability that every token which passes the filters has at least."""
+    vocabulary = probabilities.shape[1]
+    # All tokens below (1 - top_p) / V together have less than 1 - top_p: the others reach top_p without them.
+    # Both bounds are a little low, so that rounding excludes nothing.
+    nucleus = [0.0 if p.top_k > 0 else max(0.0, 1 - p.top_p) / (2 * vocabulary) for p in params]
+    share = [p.min_p * (1 - 1e-6) for p in params]
+    least = torch.tensor(share, device=probabilities.device) * probabilities.amax(-1)
+    least = torch.maximum(least, torch.tensor(nucleus, device=probabilities.device))
+    limited = [row for row, p in enumerate(params) if p.top_k > 0]
+    if limited:
+        last = torch.tensor([min(params[row].top_k, vocabulary) - 1 for row in limited])
+        top = _select(probabilities, limited).topk(int(last.max()) + 1, dim=-1).values
+        rows = torch.tensor(limited, device=probabilities.device)
+        least[rows] = torch.maximum(least[rows], top.gather(1, last.to(top.device)[:, None])[:, 0])
+    return least
+
+
+def _kept(values: Floats, params: SamplingParams) -> Ints:
+    """The places, ascending, of the probabilities that pass all filters. Each keeps the most likely so many,
+    of equals the first, so together they keep the fewest of these, and one at least."""
+    likely = np.flatnonzero(values > 1e-4)
+    if params.top_k <= 0 and values[likely].sum() > params.top_p + 1e-6:
+        order = likely[np.argsort(-values[likely], kind="stable")]  # they hold the nucleus: the rest may go
+    else:
+        order = np.argsort(-values, kind="stable")
+    mass = 1.0
+    if params.top_k > 0:
+        order = order[: params.top_k]
+        mass = float(values[order].sum())
+    descending = values[order]
+    count = len(order)
+    if params.top_p < 1:
+        count = min(count, 1 + int((descending.cumsum() < params.top_p * mass).sum()))
+    if params.min_p > 0:
+        count = min(count, max(1, int((descending >= params.min_p * descending[0]).sum())))
+    return np.sort(order[:count])
+
+
+def _invert(weights: Floats, random: Floats) -> tuple[Ints, Floats]:
+    """Where each row's random number in [0, 1) falls on its weights [R, C], never on a zero, and how far
+    in."""
+    rows = np.arange(len(weights))
+    cumulative = weights.cumsum(axis=1)
+    target = random * cumulative[:, -1]
+    place = np.minimum((cumulative <= target[:, None]).sum(axis=1), cumulative.argmax(axis=1))
+    rest = (target - (cumulative - weights)[rows, place]) / weights[rows, place]
+    return place, rest.clip(0.0, 1.0)
 
 
 def _top_ids(logits: Tensor, count: int) -> Ints:
     """[N, count] ids of the largest values, in descending order, equal ones by the lowest id first."""
-    count = min(count, logits.shape[1])
-    _, ids, num_known = _descending(logits, count + 16)
-    for row in np.flatnonzero(num_known < count).tolist():
-        ids[row, :count] = _descending(logits[row : row + 1], logits.shape[1])[1][0, :count]
-    return ids[:, :count]
-
-
-def _descending(values: Tensor, count: int) -> tuple[Floats, Ints, Ints]:
-    """Of each row of float32 [R, V]: its largest min(count, V) values, their ids, equal ones by the lowest
-    id, and how many of these are sure: those equal to the last may have equals of a lower id outside, unless
-    all are in."""
-    num_rows, width = values.shape
-    if count >= width:
-        all_of = values.sort(dim=-1, descending=True, stable=True)
-        return all_of.values.double().cpu().numpy(), all_of.indices.cpu().numpy(), np.full(num_rows, width)
-    top = values.topk(count, dim=-1)
-    # One integer a value, ascending as the value descends (IEEE 754 order), with the id below it.
-    bits = (top.values.cpu().numpy() + np.float32(0)).view(np.int32).astype(np.int64)
-    bits ^= (bits >> 63) & 0x7FFFFFFF
-    keys = np.sort((-bits << 32) | top.indices.cpu().numpy(), axis=1)
-    bits = -(keys >> 32)
-    bits ^= (bits >> 63) & 0x7FFFFFFF
-    ordered = bits.astype(np.int32).view(np.float32)
-    num_known = (ordered > ordered[:, -1:]).sum(axis=1)
-    return ordered.astype(np.float64), keys & 0xFFFFFFFF, num_known
+    vocabulary = logits.shape[1]
+    count = min(count, vocabulary)
+    more = min(count + 16, vocabulary)
+    top = logits.topk(more, dim=-1)
+    values, ids = top.values.cpu().numpy(), top.indices.cpu().numpy()
+    # Both sorts are stable: by id, then by value.
+    by_id = ids.argsort(axis=1)
+    values, ids = np.take_along_axis(values, by_id, 1), np.take_along_axis(ids, by_id, 1)
+    by_value = (-values).argsort(axis=1, kind="stable")
+    ids = np.take_along_axis(ids, by_value, 1)[:, :count].copy()
+    # Equals of the least may have been left out: where they are wanted, look at all.
+    doubtful = (values > values.min(axis=1, keepdims=True)).sum(axis=1) < count
+    for row in np.flatnonzero(doubtful & (more < vocabulary)).tolist():
+        ids[row] = logits[row].sort(descending=True, stable=True).indices[:count].cpu().numpy()
+    found: Ints = ids
+    return found

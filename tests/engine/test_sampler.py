@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from moeserve.engine.sampler import NUM_CANDIDATES, choose_tokens, sample, token_logprobs, uniform
+from moeserve.engine.sampler import choose_tokens, sample, token_logprobs, uniform
 from moeserve.engine.scheduler import ScheduledBatch
 from moeserve.engine.sequence import Chunk, Sequence
 from moeserve.messages import AddRequest, SamplingParams
 
 torch.set_num_threads(1)
-BIG = 3 * NUM_CANDIDATES
+BIG = 3001  # not a multiple of anything
 
 
 def sequence(prompt: list[int] | None = None, output: list[int] | None = None, **params: Any) -> Sequence:
@@ -27,7 +27,7 @@ def sequence(prompt: list[int] | None = None, output: list[int] | None = None, *
 
 
 def plain_form(logits: np.ndarray[Any, Any], of: Sequence) -> tuple[np.ndarray[Any, Any], list[int]]:
-    """Probabilities of the tokens that may be drawn and the tokens, most likely first: one row, plain loops."""
+    """Probabilities of the tokens that may be drawn and these tokens, ascending: one row, plain loops."""
     p = of.params
     z = logits.astype(np.float64)
     for token, bias in p.logit_bias.items():
@@ -52,13 +52,14 @@ def plain_form(logits: np.ndarray[Any, Any], of: Sequence) -> tuple[np.ndarray[A
             break
         kept.append(token)
         so_far += weight[token]
+    kept.sort()
     return weight[kept] / weight[kept].sum(), kept
 
 
 PARAMS = st.fixed_dictionaries(
     {
         "temperature": st.sampled_from([0.0, 0.3, 1.0, 2.5]),
-        "top_k": st.sampled_from([0, 0, 1, 7, 2 * NUM_CANDIDATES]),
+        "top_k": st.sampled_from([0, 0, 1, 7, 2000]),
         "top_p": st.sampled_from([1.0, 1.0, 0.0, 0.3, 0.95]),
         "min_p": st.sampled_from([0.0, 0.0, 0.05, 1.0]),
         "presence_penalty": st.sampled_from([0.0, 0.0, 1.5, -2.0]),
@@ -75,7 +76,7 @@ TOKENS = st.lists(st.integers(0, 49), min_size=1, max_size=8)
 @given(
     rows=st.lists(st.tuples(PARAMS, TOKENS, TOKENS), min_size=1, max_size=6),
     vocabulary=st.sampled_from([50, BIG]),
-    spread=st.sampled_from([0.01, 1.0, 4.0]),
+    spread=st.sampled_from([0.01, 1.0, 4.0, 9.0]),
     noise=st.integers(0, 2**31),
 )
 def test_equals_the_plain_form_whatever_the_batch(
@@ -130,17 +131,18 @@ def test_equal_logits_go_by_the_lowest_id(vocabulary: int) -> None:
     assert choose_tokens(logits, [sequence(top_k=1)]) == [0]
     for seed in range(20):
         token = choose_tokens(logits, [sequence(seed=seed)])[0]
-        assert token == int(uniform(seed, 1) * vocabulary), "descending order of equals is the order of ids"
+        assert token == int(uniform(seed, 1) * vocabulary), "the distribution is inverted in the order of ids"
     entry = token_logprobs(logits, [3], 4)[0]
     assert [token for token, _ in entry.top] == [0, 1, 2, 3]
     assert entry.rank == 1
 
 
-def test_the_tail_is_reached_when_the_candidates_do_not_decide() -> None:
-    logits = torch.linspace(0, -1e-3, BIG)[None]
-    tokens = [choose_tokens(logits, [sequence(seed=seed)])[0] for seed in range(60)]
-    assert sum(token >= NUM_CANDIDATES for token in tokens) > 20
-    assert max(tokens) > 0.9 * BIG
+def test_an_impossible_token_is_never_drawn() -> None:
+    logits = torch.full((1, BIG), -1e9)
+    logits[0, [5, 700, 3000]] = torch.tensor([1.0, 2.0, 0.0])
+    for filters in ({}, {"top_p": 0.999999}, {"top_k": 100}):
+        drawn = [choose_tokens(logits, [sequence(seed=seed, **filters)])[0] for seed in range(200)]
+        assert set(drawn) == {5, 700, 3000}
 
 
 def test_log_probabilities_are_the_models_own() -> None:
