@@ -46,7 +46,7 @@ def enable() -> bool:
     except (build.BuildError, OSError) as error:
         logger.warning("the plain-torch ops serve, the C kernels could not be built: %s", error)
         return False
-    for name in _SIGNATURES:
+    for name in (*_SIGNATURES, "head_linear"):
         table.register(name, "cpu", getattr(ops, name))
     return True
 
@@ -88,6 +88,11 @@ class NativeOps:
             rows, columns, size, x.stride(0), _threads(),
         )  # fmt: skip
         return out
+
+    def head_linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        """One product a head: unlike a batched product, a row's bits do not depend on the other rows."""
+        heads = weight.shape[0]
+        return torch.stack([self.linear(x[:, head], weight[head]) for head in range(heads)], dim=1)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         kernel = self._rms_norm.get(x.dtype)

@@ -23,6 +23,10 @@ from moeserve.models.checkpoint import load
 from moeserve.models.decoder import Decoder
 from moeserve.models.registry import read_spec
 from moeserve.moe.expert_map import ExpertMap
+from moeserve.ops import native
+from moeserve.ops.build import BuildError
+from moeserve.ops.build import build as build_kernels
+from moeserve.ops.table import OP_NAMES, Ops, choose_ops
 from moeserve.stats.expert_load import ExpertLoad
 
 GetPool = Callable[[int], RankPool]
@@ -42,6 +46,8 @@ class Case:
     redundant: int | None = None  # additional slots, filled at random; None is the identity
     dispatcher: str = "exchange"
     replicas: tuple[int, ...] | None = None  # replica of each sequence; None deals them round robin
+    chunks: tuple[tuple[int, ...], ...] = CHUNKS
+    kernels: bool = False  # the C kernels instead of the plain ops
 
     def replica(self, sequence: int) -> int:
         return self.replicas[sequence] if self.replicas else sequence % self.layout.get("dp", 1)
@@ -74,9 +80,15 @@ def build(
         experts["expert_map"] = ExpertMap(placement, topology, mesh.ep.rank, "cpu")
         experts["dispatcher"] = make_dispatcher(case.dispatcher, mesh.ep, topology.slots_per_rank)
         experts["load"] = ExpertLoad(layers, count)
-    model = Decoder(spec, mesh, dtype=dtype, **experts)
+    ops = kernel_ops() if case.kernels else choose_ops("cpu")
+    model = Decoder(spec, mesh, dtype=dtype, ops=ops, **experts)
     load(model, path)
     return model, experts.get("load")
+
+
+def kernel_ops() -> Ops:
+    kernels = native.NativeOps(build_kernels())
+    return Ops(**{name: getattr(kernels, name) for name in OP_NAMES})
 
 
 def make_batch(
@@ -84,16 +96,16 @@ def make_batch(
 ) -> tuple[ForwardBatch, list[tuple[int, int]]]:
     """The replica's batch of a step, and (sequence, position) of each of its logit rows."""
     tp, dp = case.layout.get("tp", 1), case.layout.get("dp", 1)
-    totals = [sum(n for s, n in enumerate(CHUNKS[step]) if case.replica(s) == r) for r in range(dp)]
+    totals = [sum(n for s, n in enumerate(case.chunks[step]) if case.replica(s) == r) for r in range(dp)]
     padded = [-(-total // tp) for total in totals]
-    mine = [s for s, n in enumerate(CHUNKS[step]) if n and case.replica(s) == replica]
-    mine.sort(key=lambda s: CHUNKS[step][s] != 1)  # decodes first
-    ends = {s: done[s] + CHUNKS[step][s] for s in mine}
+    mine = [s for s, n in enumerate(case.chunks[step]) if n and case.replica(s) == replica]
+    mine.sort(key=lambda s: case.chunks[step][s] != 1)  # decodes first
+    ends = {s: done[s] + case.chunks[step][s] for s in mine}
     rows = [(s, position) for s in mine for position in range(done[s], ends[s])]
     padding = padded[replica] * tp - len(rows)
     pages = {s: [(7 * (s * 4 + i) + 5) % PAGES for i in range(4)] for s in mine}
     slots = [pages[s][p // PAGE_SIZE] * PAGE_SIZE + p % PAGE_SIZE for s, p in rows]
-    lengths = [CHUNKS[step][s] for s in mine]
+    lengths = [case.chunks[step][s] for s in mine]
     batch = ForwardBatch(
         token_ids=torch.tensor([tokens[s][p] for s, p in rows] + [0] * padding, dtype=torch.int64),
         positions=torch.tensor([p for _, p in rows] + [0] * padding, dtype=torch.int64),
@@ -120,7 +132,7 @@ def run_case(
     replica = rank // case.layout.get("tp", 1)
     done = [0] * len(tokens)
     error, chosen = 0.0, {}
-    for step, chunks in enumerate(CHUNKS):
+    for step, chunks in enumerate(case.chunks):
         batch, rows = make_batch(case, replica, step, done, tokens)
         result = model.forward(batch, cache)
         for row, (sequence, position) in enumerate(rows):
@@ -156,8 +168,8 @@ def check(oracle: Any, cases: Sequence[Case], pool: GetPool, size: int) -> None:
 def check_load(case: Case, chosen: dict[tuple[int, int], list[list[int]]], counts: Tensor) -> None:
     """The counters hold each token's experts once, decode apart: padding is not in them."""
     wanted: Counter[tuple[int, int, int]] = Counter()
-    done = [0] * len(CHUNKS[0])
-    for chunks in CHUNKS:
+    done = [0] * len(case.chunks[0])
+    for chunks in case.chunks:
         for sequence, new in enumerate(chunks):
             for position in range(done[sequence], done[sequence] + new):
                 for layer, experts in enumerate(chosen[sequence, position]):
@@ -209,6 +221,46 @@ def test_moe_on_one_rank(family: str, tiny: Tiny, rank_pool: GetPool) -> None:
 @pytest.mark.parametrize("family", DENSE_FAMILIES)
 def test_dense_on_one_rank(family: str, tiny: Tiny, rank_pool: GetPool) -> None:
     check(tiny(family), LOCAL[:1], rank_pool, 1)
+
+
+@pytest.fixture(scope="module")
+def kernels() -> None:
+    try:
+        build_kernels()
+    except BuildError as error:
+        pytest.skip(f"no C kernels here: {error}")
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("family", [*MOE_FAMILIES, *DENSE_FAMILIES, "embedded"])
+def test_c_kernels(family: str, tiny: Tiny, rank_pool: GetPool) -> None:
+    check(tiny(family), [Case(kernels=True)], rank_pool, 1)
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["embedded", "qwen3_moe"])
+def test_a_row_has_the_same_bits_in_any_batch_and_chunk(family: str, dtype: torch.dtype, tiny: Tiny) -> None:
+    oracle = tiny(family)
+    together = all_logits(oracle, Case(kernels=True), dtype)
+    for sequence in range(len(oracle.tokens)):
+        whole = tuple(len(row) * (s == sequence) for s, row in enumerate(oracle.tokens))
+        got = all_logits(oracle, Case(kernels=True, chunks=(whole,)), dtype)
+        assert len(got) == len(oracle.tokens[sequence])
+        assert all(torch.equal(got[key], together[key]) for key in got)
+
+
+def all_logits(oracle: Any, case: Case, dtype: torch.dtype) -> dict[tuple[int, int], Tensor]:
+    """Logits of each (sequence, position), on one rank."""
+    model, _ = build(oracle.path, case, 0, dtype)
+    cache = model.new_kv_cache(PAGES, PAGE_SIZE)
+    done = [0] * len(oracle.tokens)
+    logits = {}
+    for step, chunks in enumerate(case.chunks):
+        batch, rows = make_batch(case, 0, step, done, oracle.tokens)
+        logits |= dict(zip(rows, model.forward(batch, cache).logits, strict=True))
+        done = [n + m for n, m in zip(done, chunks, strict=True)]
+    return logits
 
 
 @pytest.mark.multi_rank
