@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -72,9 +73,7 @@ class Runner:
             load=self.expert_load,
             max_positions=plan.max_seq_len,
         )
-        with tqdm(
-            unit="B", unit_scale=True, desc="weights", disable=None if self.mesh.rank == 0 else True
-        ) as bar:
+        with progress_bar("weights", shown=self.mesh.rank == 0) as bar:
             load(model, Path(plan.config.model), progress=lambda done, total: _show(bar, done, total))
         return model
 
@@ -106,6 +105,12 @@ class Runner:
         result = self.model.forward(batch, self.kv_cache)
         experts = None if result.experts is None else result.experts.cpu().numpy()
         return sample(result.logits, scheduled), experts
+
+
+def progress_bar(name: str, shown: bool) -> tqdm[NoReturn]:
+    """A bar of bytes, on a terminal only."""
+    tqdm.set_lock(threading.RLock())  # its own lock is a semaphore of the system that a killed rank would leave
+    return tqdm(unit="B", unit_scale=True, desc=name, disable=None if shown else True)
 
 
 def _show(bar: tqdm[NoReturn], done: int, total: int) -> None:
