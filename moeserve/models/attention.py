@@ -26,8 +26,7 @@ class GroupedQueryAttention:
     def __init__(self, context: LayerContext, prefix: str, spec: GroupedAttention, model: ModelSpec):
         tp = context.mesh.tp
         self._ops, self._tp, self._spec = context.ops, tp, spec
-        self._interleaved = model.rope.interleaved
-        self._heads = spec.num_heads // tp.size
+        self._interleaved, self._eps = model.rope.interleaved, model.norm_eps
         self._kv_heads = local_kv_heads(spec, tp.size)
         size = spec.head_dim
         q_rows, kv_rows = spec.num_heads * size, spec.num_kv_heads * size
@@ -44,16 +43,18 @@ class GroupedQueryAttention:
         )
 
     def __call__(self, x: Tensor, batch: ForwardBatch, cache: Tensor, cos_sin: Tensor) -> Tensor:
-        ops, size = self._ops, self._spec.head_dim
-        qkv = self.qkv(self._tp.all_gather(x))
-        qkv = qkv.view(qkv.shape[0], self._heads + 2 * self._kv_heads, size)
-        q, keys, values = torch.split(qkv, [self._heads, self._kv_heads, self._kv_heads], dim=1)
-        if self.norms:
-            q, keys = self.norms[0](q), self.norms[1](keys)
-        q = ops.rope(q, batch.positions, cos_sin, self._interleaved)
-        keys = ops.rope(keys, batch.positions, cos_sin, self._interleaved)
-        ops.write_kv(cache[0], keys, batch.kv_slots)
-        ops.write_kv(cache[1], values, batch.kv_slots)
+        ops = self._ops
+        q = ops.take_heads(
+            self.qkv(self._tp.all_gather(x)),
+            (self.norms[0].weight, self.norms[1].weight) if self.norms else None,
+            self._eps,
+            batch.positions,
+            cos_sin,
+            self._interleaved,
+            cache[0],
+            cache[1],
+            batch.kv_slots,
+        )
         out = ops.paged_attention(q, cache[0], cache[1], batch, self._spec.scale, self._spec.window)
         return self.output(out.flatten(1))
 

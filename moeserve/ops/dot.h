@@ -103,33 +103,35 @@ INLINE long FN(block_columns)(long k) {
 struct FN(linear) {
     const elem *x, *weight, *bias;
     elem *out;
-    long rows, columns, k, x_stride, columns_per_item, row_blocks;
+    long rows, columns, k, heads, x_row, x_head, columns_per_item, row_blocks, column_blocks;
 };
 
 static void FN(linear_item)(void *argument, long item) {
     const struct FN(linear) *op = argument;
     const elem *a[BLOCK_ROWS], *b[BLOCK_COLUMNS];
     float sums[BLOCK_ROWS * BLOCK_COLUMNS];
-    long row = item % op->row_blocks * BLOCK_ROWS, column = item / op->row_blocks * op->columns_per_item;
+    long row = item % op->row_blocks * BLOCK_ROWS, blocks = item / op->row_blocks;
+    long column = blocks % op->column_blocks * op->columns_per_item, head = blocks / op->column_blocks;
     long m = min_long(BLOCK_ROWS, op->rows - row), n = min_long(op->columns_per_item, op->columns - column);
-    for (long r = 0; r < m; r++) a[r] = op->x + (row + r) * op->x_stride;
-    for (long c = 0; c < n; c++) b[c] = op->weight + (column + c) * op->k;
+    for (long r = 0; r < m; r++) a[r] = op->x + (row + r) * op->x_row + head * op->x_head;
+    for (long c = 0; c < n; c++) b[c] = op->weight + (head * op->columns + column + c) * op->k;
     FN(dot_block)(a, m, b, FN(pad_columns)(b, n), op->k, sums, BLOCK_COLUMNS);
     for (long r = 0; r < m; r++) {
-        elem *out = op->out + (row + r) * op->columns + column;
+        elem *out = op->out + ((row + r) * op->heads + head) * op->columns + column;
         for (long c = 0; c < n; c += LANES) {
-            long width = min_long(LANES, n - c);
             vf value = load_f32(sums + r * BLOCK_COLUMNS + c);
-            if (op->bias) value += FN(load_n)(op->bias + column + c, width);
-            FN(store_n)(out + c, value, width);
+            if (op->bias) value += FN(load_n)(op->bias + column + c, n - c);
+            FN(store_n)(out + c, value, n - c);
         }
     }
 }
 
-/* x [rows, k] of row stride x_stride, weight [columns, k], bias [columns] or NULL -> out [rows, columns]. */
-void FN(moeserve_linear)(const elem *x, const elem *weight, const elem *bias, elem *out, long rows, long columns,
-                         long k, long x_stride, int threads) {
-    struct FN(linear) op = {x, weight, bias, out, rows, columns, k, x_stride, FN(block_columns)(k), 0};
+/* A matrix a head: x [rows, heads, k] of the given strides, weight [heads, columns, k], bias [columns] (of one head)
+ * or NULL -> out [rows, heads, columns]. */
+void FN(moeserve_linear)(const elem *x, const elem *weight, const elem *bias, elem *out, long rows, long heads,
+                         long columns, long k, long x_row, long x_head, int threads) {
+    struct FN(linear) op = {x, weight, bias, out, rows, columns, k, heads, x_row, x_head, FN(block_columns)(k), 0, 0};
     op.row_blocks = ceil_div(rows, BLOCK_ROWS);
-    for_each_item(op.row_blocks * ceil_div(columns, op.columns_per_item), threads, FN(linear_item), &op);
+    op.column_blocks = ceil_div(columns, op.columns_per_item);
+    for_each_item(op.row_blocks * op.column_blocks * heads, threads, FN(linear_item), &op);
 }

@@ -10,7 +10,7 @@ import ctypes
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,21 +18,27 @@ from torch import Tensor
 from moeserve.engine.batch import ForwardBatch
 from moeserve.ops import build, reference, table
 
+if TYPE_CHECKING:
+    from moeserve.models.spec import Routing
+
 logger = logging.getLogger(__name__)
 
 _POINTER, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_float
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
-    "linear": (*[_POINTER] * 4, *[_LONG] * 4, _INT),
+    "linear": (*[_POINTER] * 4, *[_LONG] * 6, _INT),
     "rms_norm": (*[_POINTER] * 3, *[_LONG] * 5, _FLOAT, _INT),
     "add_rms_norm": (*[_POINTER] * 5, *[_LONG] * 2, _FLOAT, _INT),
     "silu_mul": (*[_POINTER] * 2, *[_LONG] * 3, _INT),
     "rope": (*[_POINTER] * 4, *[_LONG] * 5, _INT, _INT),
     "write_kv": (*[_POINTER] * 3, *[_LONG] * 9),
+    "take_heads": (*[_POINTER] * 11, _FLOAT, _INT, _INT),
+    "choose_experts": (*[_POINTER] * 4, *[_LONG] * 6, _FLOAT, _INT, _INT, _INT),
     "paged_attention": (*[_POINTER] * 9, _FLOAT, _INT),
     "grouped_experts": (*[_POINTER] * 5, *[_LONG] * 4, _INT),
     "fused_experts": (*[_POINTER] * 6, *[_LONG] * 5, _INT),
 }
 _SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
+_MOST_EXPERTS = 1024  # of router.h
 _threads = torch.get_num_threads
 
 Kernel = Callable[..., int]
@@ -68,6 +74,8 @@ class NativeOps:
             self._silu_mul,
             self._rope,
             self._write_kv,
+            self._take_heads,
+            self._choose_experts,
             self._paged_attention,
             self._grouped_experts,
             self._fused_experts,
@@ -85,14 +93,24 @@ class NativeOps:
         bias_pointer = None if bias is None else bias.data_ptr()
         kernel(
             x.data_ptr(), weight.data_ptr(), bias_pointer, out.data_ptr(),
-            rows, columns, size, x.stride(0), _threads(),
+            rows, 1, columns, size, x.stride(0), 0, _threads(),
         )  # fmt: skip
         return out
 
     def head_linear(self, x: Tensor, weight: Tensor) -> Tensor:
-        """One product a head: unlike a batched product, a row's bits do not depend on the other rows."""
-        heads = weight.shape[0]
-        return torch.stack([self.linear(x[:, head], weight[head]) for head in range(heads)], dim=1)
+        kernel = self._linear.get(x.dtype)
+        if kernel is None or weight.dtype is not x.dtype or not weight.is_contiguous():
+            return reference.head_linear(x, weight)
+        if x.stride(2) != 1:
+            x = x.contiguous()
+        rows, heads, size = x.shape
+        columns = weight.shape[1]
+        out = x.new_empty((rows, heads, columns))
+        kernel(
+            x.data_ptr(), weight.data_ptr(), None, out.data_ptr(),
+            rows, heads, columns, size, x.stride(0), x.stride(1), _threads(),
+        )  # fmt: skip
+        return out
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         kernel = self._rms_norm.get(x.dtype)
@@ -161,6 +179,54 @@ class NativeOps:
             page_stride, slot_stride, head_stride, values.stride(0), values.stride(1),
         )  # fmt: skip
         return None
+
+    def take_heads(
+        self,
+        qkv: Tensor,
+        norms: tuple[Tensor, Tensor] | None,
+        eps: float,
+        positions: Tensor,
+        cos_sin: Tensor,
+        interleaved: bool,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        kv_slots: Tensor,
+    ) -> Tensor:
+        kernel = self._take_heads.get(qkv.dtype)
+        if kernel is None or key_cache.dtype is not qkv.dtype or not cos_sin.is_contiguous():
+            return reference.take_heads(
+                qkv, norms, eps, positions, cos_sin, interleaved, key_cache, value_cache, kv_slots
+            )
+        _, page_size, kv_heads, size = key_cache.shape
+        rows = qkv.shape[0]
+        heads = qkv.shape[1] // size - 2 * kv_heads
+        key_page, key_slot, key_head, _ = key_cache.stride()
+        value_page, value_slot, value_head, _ = value_cache.stride()
+        q = qkv.new_empty((rows, heads, size))
+        sizes = (ctypes.c_int64 * 6)(rows, heads, kv_heads, size, qkv.stride(0), page_size)
+        strides = (ctypes.c_int64 * 6)(key_page, key_slot, key_head, value_page, value_slot, value_head)
+        q_norm, k_norm = (None, None) if norms is None else (norms[0].data_ptr(), norms[1].data_ptr())
+        kernel(
+            qkv.data_ptr(), q_norm, k_norm, positions.data_ptr(), kv_slots.data_ptr(), cos_sin.data_ptr(),
+            q.data_ptr(), key_cache.data_ptr(), value_cache.data_ptr(), sizes, strides,
+            eps, interleaved, _threads(),
+        )  # fmt: skip
+        return q
+
+    def choose_experts(self, logits: Tensor, bias: Tensor | None, routing: Routing) -> tuple[Tensor, Tensor]:
+        kernel = self._choose_experts.get(logits.dtype)
+        tokens, num_experts = logits.shape
+        if kernel is None or num_experts > _MOST_EXPERTS or not logits.is_contiguous():
+            return reference.choose_experts(logits, bias, routing)
+        weights = logits.new_empty((tokens, routing.top_k), dtype=torch.float32)
+        experts = logits.new_empty((tokens, routing.top_k), dtype=torch.int64)
+        kernel(
+            logits.data_ptr(), None if bias is None else bias.data_ptr(), weights.data_ptr(),
+            experts.data_ptr(), tokens, num_experts, routing.top_k,
+            routing.num_groups, routing.groups_kept, routing.group_score_terms,
+            routing.scaling, routing.scoring == "sigmoid", routing.normalize, _threads(),
+        )  # fmt: skip
+        return weights, experts
 
     def paged_attention(
         self,

@@ -172,3 +172,61 @@ void FN(moeserve_write_kv)(elem *cache, const elem *values, const int64_t *slots
                    (size_t)size * sizeof(elem));
     }
 }
+
+/* --- take_heads --------------------------------------------------------------------------------------------- */
+
+struct FN(heads) {
+    const elem *qkv, *q_norm, *k_norm;
+    const int64_t *positions, *slots;
+    const float *cos_sin;
+    elem *q, *keys, *values;
+    long rows, q_heads, kv_heads, size, row_stride, page_size;
+    long key_page, key_slot, key_head, value_page, value_slot, value_head;
+    float eps;
+    int interleaved;
+};
+
+/* One head's norm, if there is one, and its rotation. */
+INLINE void FN(take_head)(const struct FN(heads) *op, const elem *x, const elem *norm, const float *cos_sin,
+                          elem *out) {
+    if (norm) FN(norm_row)(x, norm, out, op->size, op->eps);
+    FN(rope_row)(norm ? out : x, cos_sin, out, op->size, op->interleaved);
+}
+
+static void FN(heads_item)(void *argument, long item) {
+    const struct FN(heads) *op = argument;
+    long end = min_long(op->rows, (item + 1) * ROWS_PER_ITEM);
+    for (long row = item * ROWS_PER_ITEM; row < end; row++) {
+        const elem *x = op->qkv + row * op->row_stride;
+        const float *cos_sin = op->cos_sin + op->positions[row] * op->size;
+        for (long head = 0; head < op->q_heads; head++, x += op->size)
+            FN(take_head)(op, x, op->q_norm, cos_sin, op->q + (row * op->q_heads + head) * op->size);
+        if (op->slots[row] < 0) continue;
+        long page = op->slots[row] / op->page_size, slot = op->slots[row] % op->page_size;
+        elem *key = op->keys + page * op->key_page + slot * op->key_slot;
+        elem *value = op->values + page * op->value_page + slot * op->value_slot;
+        for (long head = 0; head < op->kv_heads; head++, x += op->size)
+            FN(take_head)(op, x, op->k_norm, cos_sin, key + head * op->key_head);
+        for (long head = 0; head < op->kv_heads; head++, x += op->size)
+            memcpy(value + head * op->value_head, x, (size_t)op->size * sizeof(elem));
+    }
+}
+
+/* qkv [rows, q_heads + 2 * kv_heads, size]: queries, normed (unless q_norm is NULL) and rotated, to q; keys likewise
+ * and values to the cache at flat slots, -1 skipped. sizes: rows, query heads, KV heads, size, row stride of qkv, page
+ * size. strides: key page, slot, head; value page, slot, head. */
+void FN(moeserve_take_heads)(const elem *qkv, const elem *q_norm, const elem *k_norm, const int64_t *positions,
+                             const int64_t *slots, const float *cos_sin, elem *q, elem *keys, elem *values,
+                             const int64_t *sizes, const int64_t *strides, float eps, int interleaved, int threads) {
+    struct FN(heads) op = {
+        .qkv = qkv, .q_norm = q_norm, .k_norm = k_norm, .positions = positions, .slots = slots, .cos_sin = cos_sin,
+        .q = q, .keys = keys, .values = values,
+        .rows = sizes[0], .q_heads = sizes[1], .kv_heads = sizes[2], .size = sizes[3], .row_stride = sizes[4],
+        .page_size = sizes[5],
+        .key_page = strides[0], .key_slot = strides[1], .key_head = strides[2],
+        .value_page = strides[3], .value_slot = strides[4], .value_head = strides[5],
+        .eps = eps, .interleaved = interleaved,
+    };
+    for_each_item(ceil_div(op.rows, ROWS_PER_ITEM),
+                  FN(threads_for)(op.rows * (op.q_heads + op.kv_heads) * op.size, threads), FN(heads_item), &op);
+}

@@ -6,11 +6,16 @@ T rows, H hidden, D head size, S local slots, F expert intermediate, K choices a
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from moeserve.engine.batch import ForwardBatch
+
+if TYPE_CHECKING:
+    from moeserve.models.spec import Routing
 
 _QUERY_BLOCK = 512  # rows of a prefill whose scores exist at once: bounds memory at heads * 512 * context
 
@@ -69,6 +74,55 @@ def write_kv(cache: Tensor, values: Tensor, kv_slots: Tensor) -> None:
     page_size = cache.shape[1]
     slots = kv_slots[kept]
     cache[slots // page_size, slots % page_size] = values[kept]
+
+
+def take_heads(
+    qkv: Tensor,
+    norms: tuple[Tensor, Tensor] | None,
+    eps: float,
+    positions: Tensor,
+    cos_sin: Tensor,
+    interleaved: bool,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    kv_slots: Tensor,
+) -> Tensor:
+    """Split a fused projection [T, (Hq + 2 Hkv) * D] into heads: queries [T, Hq, D] are given back, keys and
+    values go to the cache at kv_slots.
+
+    Queries and keys are rotated, before that normed by the two weights [D] of `norms`.
+    """
+    kv_heads, size = key_cache.shape[2:]
+    heads = qkv.view(qkv.shape[0], -1, size)
+    q, keys, values = torch.split(heads, [heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads], dim=1)
+    if norms is not None:
+        q, keys = rms_norm(q, norms[0], eps), rms_norm(keys, norms[1], eps)
+    write_kv(key_cache, rope(keys, positions, cos_sin, interleaved), kv_slots)
+    write_kv(value_cache, values, kv_slots)
+    return rope(q, positions, cos_sin, interleaved)
+
+
+def choose_experts(logits: Tensor, bias: Tensor | None, routing: Routing) -> tuple[Tensor, Tensor]:
+    """logits [T, E], bias float32 [E] -> (weights float32 [T, K], experts int64 [T, K]), the best first."""
+    logits = logits.float()
+    scores = logits.sigmoid() if routing.scoring == "sigmoid" else logits.softmax(-1)
+    choice = scores if bias is None else scores + bias
+    if routing.num_groups > 1:
+        choice = _best_groups_only(choice, routing)
+    experts = choice.topk(routing.top_k, dim=-1).indices
+    weights = scores.gather(1, experts)
+    if routing.normalize:
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    return weights * routing.scaling, experts
+
+
+def _best_groups_only(choice: Tensor, routing: Routing) -> Tensor:
+    """choice [T, E] with -inf for the experts outside the groups_kept best groups."""
+    grouped = choice.view(choice.shape[0], routing.num_groups, choice.shape[1] // routing.num_groups)
+    group_scores = grouped.topk(routing.group_score_terms, dim=-1).values.sum(-1)
+    kept = group_scores.topk(routing.groups_kept, dim=-1).indices
+    dropped = torch.ones_like(group_scores, dtype=torch.bool).scatter_(1, kept, False)
+    return grouped.masked_fill(dropped.unsqueeze(-1), float("-inf")).flatten(1)
 
 
 def paged_attention(

@@ -23,6 +23,8 @@ class Ops:
     silu_mul: Callable[..., Tensor] = reference.silu_mul
     rope: Callable[..., Tensor] = reference.rope
     write_kv: Callable[..., None] = reference.write_kv
+    take_heads: Callable[..., Tensor] = reference.take_heads
+    choose_experts: Callable[..., tuple[Tensor, Tensor]] = reference.choose_experts
     paged_attention: Callable[..., Tensor] = reference.paged_attention
     grouped_experts: Callable[..., Tensor] = reference.grouped_experts
     fused_experts: Callable[..., Tensor] = reference.fused_experts

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from moeserve.engine.batch import ForwardBatch
+from moeserve.models.spec import Routing
 from moeserve.ops import build, native, reference, table
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -177,6 +178,63 @@ def test_write_kv(ops: native.NativeOps, dtype: torch.dtype) -> None:
         assert torch.equal(cache, wanted)
         ops.write_kv(cache, values[:0], slots[:0])
         assert torch.equal(cache, wanted)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_head_linear(ops: native.NativeOps, dtype: torch.dtype) -> None:
+    x, weight = torch.randn(50, 3, 40, dtype=dtype)[..., 8:], torch.randn(3, 70, 32, dtype=dtype) / 6
+    got = same_on_two_threads(lambda: ops.head_linear(x, weight))
+    close(got, reference.head_linear(x, weight))
+    assert torch.equal(ops.head_linear(x[7:8], weight), got[7:8])
+    assert ops.head_linear(x[:0], weight).shape == (0, 3, 70)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("with_norms", [False, True])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_take_heads(ops: native.NativeOps, dtype: torch.dtype, with_norms: bool, interleaved: bool) -> None:
+    rows, heads, kv_heads, size = 70, 6, 2, 24
+    qkv = torch.randn(rows, (heads + 2 * kv_heads) * size, dtype=dtype)
+    norms = (torch.randn(size, dtype=dtype), torch.randn(size, dtype=dtype)) if with_norms else None
+    positions, slots = torch.randint(0, 50, (rows,)), torch.randperm(90)[:rows]
+    slots[3] = slots[60] = -1
+    cos_sin = torch.randn(50, size)
+    caches = torch.zeros(2, 2, 18, 5, kv_heads, size, dtype=dtype)  # [form, keys or values, pages, ...]
+    arguments = (qkv, norms, 1e-6, positions, cos_sin, interleaved)
+    got = same_on_two_threads(lambda: ops.take_heads(*arguments, *caches[0].unbind(0), slots))
+    close(got, reference.take_heads(*arguments, *caches[1].unbind(0), slots))
+    close(caches[0], caches[1])
+
+
+ROUTINGS = [
+    Routing("softmax", 4, normalize=True),
+    Routing("softmax", 1),
+    Routing("softmax", 3, num_groups=4, groups_kept=2),
+    Routing("sigmoid", 6, 4, 2, 2, correction_bias=True, normalize=True, scaling=2.5),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("num_experts", [32, 60, 1028])
+def test_choose_experts(
+    ops: native.NativeOps, dtype: torch.dtype, routing: Routing, num_experts: int
+) -> None:
+    # logits that differ by more than a rounding, so that both forms see the same order
+    logits = torch.stack([torch.randperm(num_experts) for _ in range(90)]).to(dtype) / 32
+    bias = torch.rand(num_experts) * 1e-3 if routing.correction_bias else None
+    weights, experts = ops.choose_experts(logits, bias, routing)
+    wanted_weights, wanted_experts = reference.choose_experts(logits, bias, routing)
+    if dtype is torch.float32:
+        assert torch.equal(experts, wanted_experts)
+    torch.testing.assert_close(weights, wanted_weights, rtol=1e-5, atol=1e-6)
+    for first, end in [(0, 1), (5, 50), (0, 0)]:
+        assert torch.equal(ops.choose_experts(logits[first:end], bias, routing)[0], weights[first:end])
+
+
+def test_equal_logits_choose_the_first_experts(ops: native.NativeOps) -> None:
+    _, experts = ops.choose_experts(torch.zeros(1, 40), None, Routing("softmax", 3))
+    assert experts.tolist() == [[0, 1, 2]]
 
 
 ATTENTION_BATCHES = [
