@@ -140,6 +140,8 @@ def interface_to(address: str) -> str | None:
             probe.connect((address, 9))  # sends nothing: asks the kernel for the route
             own = probe.getsockname()[0]
             if ipaddress.ip_address(own).is_loopback:
+                if address != "localhost" and not address.startswith("127."):
+                    logger.warning("%s is a loopback address here: other hosts cannot join", address)
                 return "lo"
             for _, name in socket.if_nameindex():
                 if _address_of(probe, name) == own:

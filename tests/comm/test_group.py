@@ -122,6 +122,25 @@ def test_ranks_of_a_host_share_memory(rank_pool: GetPool) -> None:
     assert rank_pool(2).run(kind_of_wire, False) == ["GlooPairs"] * 2
 
 
+def sums_on_two_hosts(rank: int, layout: ParallelLayout) -> tuple[dict[str, str], dict[str, int]]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shared, "host_identity", lambda: rank // 2)
+        mesh = Mesh(layout, rank)
+    groups = {axis: getattr(mesh, axis) for axis in ("world", "dp", "tp")}
+    wires = {axis: type(group._control._pairs).__name__ for axis, group in groups.items()}
+    return wires, {axis: int(group.all_reduce(torch.tensor([10**rank]))) for axis, group in groups.items()}
+
+
+@pytest.mark.multi_rank
+@pytest.mark.skipif(not shared.supported, reason="shared memory needs x86 and Linux")
+def test_two_hosts(rank_pool: GetPool) -> None:
+    """Groups within a host share memory, groups across hosts go over gloo."""
+    layout = ParallelLayout(dp=2, tp=2)
+    for rank, (wires, sums) in enumerate(rank_pool(4).run(sums_on_two_hosts, layout)):
+        assert wires == {"world": "GlooPairs", "dp": "GlooPairs", "tp": "SharedPairs"}
+        assert sums == {axis: sum(10**r for r in layout.group_ranks(axis, rank)) for axis in sums}
+
+
 @pytest.mark.multi_rank
 @pytest.mark.parametrize(
     "sizes",
