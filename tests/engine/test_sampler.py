@@ -99,6 +99,17 @@ def test_equals_the_plain_form_whatever_the_batch(
         assert token in {kept[i] for i in near} | {kept[min(place, len(kept) - 1)]}
 
 
+def test_top_p_is_of_what_top_k_left_however_small_the_probabilities() -> None:
+    logits = torch.from_numpy(np.random.default_rng(2).normal(size=BIG).astype(np.float32) * 2)
+    filters: dict[str, Any] = {"top_k": 2000, "top_p": 0.8}
+    probabilities, kept = plain_form(logits.numpy(), sequence(**filters))
+    of = [sequence(seed=seed, **filters) for seed in range(40)]
+    exact = [
+        kept[int(np.searchsorted(probabilities.cumsum(), uniform(seed, 1), "right"))] for seed in range(40)
+    ]
+    assert sum(a != b for a, b in zip(choose_tokens(logits.expand(40, -1), of), exact, strict=True)) <= 1
+
+
 @pytest.mark.parametrize("filters", [{}, {"top_k": 5}, {"top_p": 0.8}, {"min_p": 0.1}, {"temperature": 2.0}])
 def test_frequencies_are_the_probabilities(filters: dict[str, float]) -> None:
     logits = torch.linspace(2, -2, 16)[torch.randperm(16, generator=torch.Generator().manual_seed(1))]
