@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
-
 from moeserve.eplb.types import Ints, Topology
 
 
 def keep_in_place(old: Ints, new: Ints, topology: Topology) -> Ints:
     """new [L, P] with its ranks exchanged (within a node where there are several) and slots reordered, so that
     as few slots as possible differ from old [L, P]. What each rank holds together stays together."""
+    # imported here: it takes longer than all else that the command line imports
+    from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
+
     ranks, width = topology.num_ranks, topology.ranks_per_node
     whole = topology.num_nodes == 1 or ranks % width != 0
     result = np.empty_like(new)

@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from moeserve.eplb.incremental import improve_from
+from moeserve.eplb.incremental import improve_even
 from moeserve.eplb.policies import POLICIES, choose
 from moeserve.eplb.policies.problem import Problem
 from moeserve.eplb.relabel import keep_in_place
@@ -93,7 +93,7 @@ def explain(
             raise ValueError("max_moves needs the current placement to count from")
         if max_moves < 0:
             raise ValueError(f"max_moves = {max_moves}: give 0 or more slot changes a layer")
-        slots = improve_from(problem, current, max_moves)
+        slots = improve_even(problem, current, max_moves)
         name, reason = "incremental", f"at most {max_moves} slot changes a layer from the current placement"
     else:
         name, reason = choose(problem) if policy == "auto" else (policy, "asked for")

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp  # type: ignore[import-untyped]
-from scipy.sparse import coo_array  # type: ignore[import-untyped]
-
 from moeserve.eplb.policies.problem import Problem
 from moeserve.eplb.types import Floats, Ints
 
@@ -23,6 +20,10 @@ def exact(problem: Problem) -> Ints:
 
 
 def _solve_layer(problem: Problem, load: Floats) -> Ints:
+    # imported here: scipy takes longer than all else that the command line imports
+    from scipy.optimize import Bounds, LinearConstraint, milp  # type: ignore[import-untyped]
+    from scipy.sparse import coo_array  # type: ignore[import-untyped]
+
     experts, ranks = problem.num_experts, problem.topology.num_ranks
     slots, per_rank = problem.topology.num_slots, problem.topology.slots_per_rank
     most = min(ranks, slots - (experts - 1) * problem.least)

@@ -127,7 +127,7 @@ def _screen(problem: Problem, weight: Singles, count: Ints, mean: Floats, z: flo
         better = score < best_score[fits] * (1 - 1e-6)
         at = np.flatnonzero(fits)[better]
         best[at], best_score[at] = some[better], score[better]
-    result = count.copy()
+    result: Ints = count.copy()
     result[skewed] = best
     return result
 

@@ -1,0 +1,97 @@
+"""What several subcommands share: the topology arguments, reading, and where a report goes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any, TextIO
+
+from moeserve.eplb.formats.detect import read_load
+from moeserve.eplb.formats.files import write_text
+from moeserve.eplb.load import ExpertLoad
+from moeserve.eplb.table import on_terminal
+from moeserve.eplb.types import Placement, Topology
+
+
+def stats_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("stats", metavar="STATS", help="file or folder of expert load, of any engine")
+    parser.add_argument("--phase", choices=("prefill", "decode", "all"), default="all", help="windows to use")
+
+
+def topology_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--ep-size", type=int, metavar="N", help="ranks (default: as recorded)")
+    slots = parser.add_mutually_exclusive_group()
+    slots.add_argument("--num-slots", type=int, metavar="N", help="slots of a layer, over all ranks")
+    slots.add_argument(
+        "--redundant", type=int, metavar="N", help="slots beyond one an expert (default: ep_size)"
+    )
+    parser.add_argument(
+        "--ranks-per-node", type=int, metavar="N", help="(default: as recorded, else one node)"
+    )
+
+
+def report_arguments(parser: argparse.ArgumentParser, html: bool = True) -> None:
+    kinds = "table, json or html=FILE" if html else "table or json"
+    parser.add_argument("--report", type=_report_kind, default="table", metavar="KIND", help=kinds)
+    parser.add_argument("--quiet", action="store_true", help="no report and no progress")
+
+
+def _report_kind(text: str) -> str:
+    if text in ("table", "json") or (text.startswith("html=") and len(text) > 5):
+        return text
+    raise argparse.ArgumentTypeError(f"{text!r}: give table, json or html=FILE")
+
+
+def load_of(options: argparse.Namespace) -> ExpertLoad:
+    load = read_load(options.stats)
+    return load.of_phase(options.phase)
+
+
+def topology_of(options: argparse.Namespace, load: ExpertLoad) -> Topology:
+    """The wanted topology; what is not said is as recorded, with one redundant slot a rank."""
+    ep_size = options.ep_size or load.ep_size
+    if not ep_size:
+        raise ValueError(f"{options.stats} does not say on how many ranks it was recorded: give --ep-size")
+    if options.ep_size is not None and options.ep_size < 1:
+        raise ValueError(f"--ep-size {options.ep_size}: give 1 or more")
+    slots = options.num_slots
+    if slots is None:
+        slots = load.num_experts + options.redundant if options.redundant is not None else None
+    if slots is None:  # one redundant slot a rank, and what fills the last rank
+        slots = (-(-load.num_experts // ep_size) + 1) * ep_size if load.num_experts % ep_size else None
+        slots = load.num_experts + ep_size if slots is None else slots
+        if ep_size == 1:
+            slots = load.num_experts
+    if slots < load.num_experts:
+        raise ValueError(
+            f"{slots} slots are fewer than {load.num_experts} experts: every expert needs a slot; "
+            f"give --num-slots {-(-load.num_experts // ep_size) * ep_size} or more"
+        )
+    per_node = options.ranks_per_node or (load.ranks_per_node if ep_size == load.ep_size else 0) or 0
+    if options.ranks_per_node is not None and options.ranks_per_node < 1:
+        raise ValueError(f"--ranks-per-node {options.ranks_per_node}: give 1 or more")
+    return Topology.of(ep_size, slots, min(per_node, ep_size))
+
+
+def in_force(load: ExpertLoad, topology: Topology) -> tuple[Placement, str]:
+    """(the recorded placement if it has this shape, else the identity; its name)."""
+    if load.placement is not None and load.placement.num_slots == topology.num_slots:
+        return load.placement, "in force"
+    return Placement.identity(load.num_layers, load.num_experts, topology.num_slots), "identity"
+
+
+def publish(kind: str, table: str, document: Any, page: str, stream: TextIO) -> None:
+    """The report as it was asked for: on `stream`, or as a page in a file."""
+    if kind == "json":
+        print(json.dumps(document), file=stream)
+    elif kind.startswith("html="):
+        write_text(Path(kind[5:]), page)
+        print(f"wrote {kind[5:]}", file=sys.stderr)
+    else:
+        print(table, file=stream)
+
+
+def colours(stream: TextIO) -> bool:
+    return on_terminal(stream)

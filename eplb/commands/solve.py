@@ -1,0 +1,150 @@
+"""eplb-offline STATS: solve, write the placement, report."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+from moeserve import __version__
+from moeserve.eplb.commands.common import (
+    colours,
+    in_force,
+    load_of,
+    publish,
+    report_arguments,
+    stats_argument,
+    topology_arguments,
+    topology_of,
+)
+from moeserve.eplb.formats import placements
+from moeserve.eplb.formats.files import write_text
+from moeserve.eplb.formats.placement import PlacementFile, read_placement
+from moeserve.eplb.html import page
+from moeserve.eplb.load import ExpertLoad
+from moeserve.eplb.metrics import FORMULA
+from moeserve.eplb.policies import POLICIES
+from moeserve.eplb.policies.greedy import greedy
+from moeserve.eplb.policies.problem import Problem
+from moeserve.eplb.report import Report, make_report, render_report
+from moeserve.eplb.solve import Solution, explain
+from moeserve.eplb.types import Placement, Topology
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    stats_argument(parser)
+    parser.add_argument(
+        "-o", "--output", metavar="FILE", help="where the placement goes (default: standard output)"
+    )
+    parser.add_argument("--format", choices=placements.FORMATS, default="moeserve", help="of the placement")
+    topology_arguments(parser)
+    parser.add_argument(
+        "--expert-groups", type=int, metavar="N", help="of group-limited routing (default: recorded)"
+    )
+    parser.add_argument("--policy", choices=("auto", *POLICIES), default="auto", help="(default: auto)")
+    parser.add_argument(
+        "--objective",
+        choices=("windows", "mean"),
+        default="windows",
+        help="weigh the scatter over windows, or not",
+    )
+    parser.add_argument("--current", metavar="FILE", help="placement to start from")
+    parser.add_argument(
+        "--max-moves", type=int, metavar="N", help="slot changes a layer at most, with --current"
+    )
+    parser.add_argument("--survive-rank-loss", action="store_true", help="every expert on two ranks at least")
+    parser.add_argument(
+        "--holdout", type=float, default=0.25, metavar="FRACTION", help="of windows, for the report"
+    )
+    parser.add_argument(
+        "--num-hidden-layers", type=int, metavar="N", help="of the model, for --format sglang"
+    )
+    parser.add_argument(
+        "--layer-updates-per-iter", type=int, default=0, metavar="N", help="for --format trtllm"
+    )
+    report_arguments(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    load = load_of(options)
+    topology = topology_of(options, load)
+    groups = options.expert_groups if options.expert_groups is not None else load.expert_groups
+    routing = "shares" if options.format == "moeserve" else "even"  # other engines split evenly
+    current = None
+    if options.current is not None:
+        file = read_placement(
+            options.current, ep_size=topology.num_ranks, num_experts=load.num_experts, layers=load.layers
+        )
+        current = file.placement
+
+    def solver(part: ExpertLoad) -> Solution:
+        return explain(
+            part.load,
+            topology,
+            policy=options.policy,
+            objective=options.objective,
+            current=current,
+            max_moves=options.max_moves,
+            expert_groups=groups,
+            survive_rank_loss=options.survive_rank_loss,
+            routing=routing,  # type: ignore[arg-type]
+        )
+
+    if not 0 <= options.holdout < 1:
+        raise ValueError(f"--holdout {options.holdout}: give a fraction from 0 to below 1")
+    start = time.perf_counter()
+    solution = solver(load)
+    seconds = time.perf_counter() - start
+    standing, name = (current, "current") if current is not None else in_force(load, topology)
+    report = make_report(
+        load, topology, standing, name, solver, partial(_greedy, topology=topology, groups=groups), solution, seconds,
+        options.holdout,
+    )  # fmt: skip
+    _write(options, load, topology, solution, report)
+    if not options.quiet:
+        stream = sys.stdout if options.output else sys.stderr
+        table = render_report(report, colours(stream))
+        html = page(load, topology, {name: standing, "solved": solution.placement}, report)
+        publish(options.report, table, report.document(), html, stream)
+
+
+def _greedy(load: ExpertLoad, topology: Topology, groups: int) -> Placement:
+    problem = Problem.of(load.load, topology, objective="mean", expert_groups=groups, weighted=False)
+    return problem.placement(greedy(problem))
+
+
+def _write(
+    options: argparse.Namespace, load: ExpertLoad, topology: Topology, solution: Solution, report: Report
+) -> None:
+    shares = next(
+        line for line in report.lines if line.split == "shares" and line.placement.startswith("ours")
+    )
+    best = shares.held_out or shares.in_sample
+    file = PlacementFile(
+        solution.placement,
+        topology.num_ranks,
+        load.layers,
+        load.model,
+        topology.ranks_per_node,
+        predicted={
+            "imbalance_mean": round(best.mean, 6),
+            "imbalance_worst": round(best.worst, 6),
+            "formula": FORMULA,
+        },
+        solver={
+            "policy": solution.policy,
+            "windows": load.num_windows,
+            "seconds": report.about["seconds"],
+            "version": __version__,
+        },
+    )
+    text = placements.format_as(
+        file, options.format, num_hidden_layers=options.num_hidden_layers,
+        layer_updates_per_iter=options.layer_updates_per_iter,
+    )  # fmt: skip
+    if options.output:
+        write_text(Path(options.output), text)
+    else:
+        sys.stdout.write(text)
