@@ -56,7 +56,9 @@ class Tokenizer:
         settings = _read_json(directory / "tokenizer_config.json")
         self.size = int(self.backend.get_vocab_size(with_added_tokens=True))
         self.vocab_size = vocab_size or int(config.get("vocab_size", self.size))
-        largest = max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1)
+        vocabulary = self.backend.get_vocab(with_added_tokens=True)
+        self.longest_token = max(map(len, vocabulary), default=1)  # characters
+        largest = max(vocabulary.values(), default=-1)
         if largest >= self.vocab_size:
             raise ValueError(
                 f"{path}: has token id {largest}, but the model's vocab_size is {self.vocab_size}: "
@@ -80,8 +82,13 @@ class Tokenizer:
         """ValueError when the text is no Unicode (half a surrogate pair). Lets other threads run meanwhile."""
         if not text.isascii():
             text.encode()  # the library would raise TypeError
-        ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        # Of the library's calls only the one for batches gives up the interpreter's lock.
+        ids: list[int] = self.backend.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids
         return ids
+
+    def fewest_tokens(self, text: str) -> int:
+        """No fewer than this many tokens, found without tokenizing (a normalizer may shorten text a little)."""
+        return len(text) // (4 * self.longest_token)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         text: str = self.backend.decode(ids, skip_special_tokens=skip_special_tokens)

@@ -67,7 +67,7 @@ def guarded(app: FastAPI, frontend: Frontend, settings: ServerSettings) -> Guard
     return Guard(
         app,
         api_keys=settings.api_keys,
-        max_body_bytes=settings.max_body_bytes,
+        max_body_bytes=settings.body_limit,
         check_admission=frontend.check_admission,
     )
 

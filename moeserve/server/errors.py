@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import reprlib
+
 import msgspec
 
 RETRY_SECONDS = 1
+
+_SHORT = reprlib.Repr()  # a value may be megabytes long
+_SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxdict, _SHORT.maxstring, _SHORT.maxother = 3, 6, 4, 60, 60
 
 
 class ApiError(Exception):
@@ -36,9 +41,7 @@ class ApiError(Exception):
 
 def bad_value(param: str, value: object, wanted: str, code: str | None = "invalid_value") -> ApiError:
     """400 with the field, the value and what would do."""
-    shown = repr(value)
-    shown = shown if len(shown) <= 80 else shown[:77] + "..."
-    return ApiError(400, f"{param}: {shown} is not accepted; {wanted}", param=param, code=code)
+    return ApiError(400, f"{param}: {_SHORT.repr(value)} is not accepted; {wanted}", param=param, code=code)
 
 
 def _sendable(text: str) -> str:

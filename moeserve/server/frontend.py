@@ -159,6 +159,10 @@ class Frontend:
         now = time.monotonic()
         return {rank: now - heard for rank, heard in sorted(self._last_heard.items())}
 
+    def replica_stats(self) -> list[EngineStats]:
+        """The last word of each replica that has spoken."""
+        return [stats for _, stats in sorted(self._stats.items())]
+
     def readiness(self) -> tuple[bool, str, str]:
         """(ready, phase, why not)."""
         if self.dead.is_set():

@@ -36,6 +36,7 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "prompt_embeds": (None,),
 }
 
+MAX_PROMPTS = 1024
 TokenId = Annotated[int, Field(ge=0)]
 NonEmpty = Annotated[str, StringConstraints(min_length=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -60,7 +61,7 @@ class SamplingRequest(Shape):
     stream_options: StreamOptions | None = None
     n: int | None = Field(None, ge=1, le=128)
     stop: NonEmpty | Annotated[list[NonEmpty], Field(max_length=4)] | None = None
-    stop_token_ids: list[TokenId] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=1024, fail_fast=True)] | None = None
     seed: int | None = Field(None, ge=-(1 << 63), le=(1 << 63) - 1)
     temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
     top_p: Probability | None = None
@@ -84,9 +85,12 @@ class SamplingRequest(Shape):
 class CompletionRequest(SamplingRequest):
     prompt: (
         NonEmpty
-        | Annotated[list[NonEmpty], Field(min_length=1)]
-        | Annotated[list[TokenId], Field(min_length=1)]
-        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1)]
+        | Annotated[list[NonEmpty], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
+        | Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+        | Annotated[
+            list[Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]],
+            Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True),
+        ]
     )
     max_tokens: int | None = Field(None, ge=0)
     logprobs: int | None = Field(None, ge=0, le=5)
@@ -105,7 +109,7 @@ class Message(Shape):
 
 
 class ChatRequest(SamplingRequest):
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, fail_fast=True)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
@@ -115,7 +119,7 @@ class ChatRequest(SamplingRequest):
 
 # What would do, for fields whose pydantic message (one per branch of a union) helps nobody.
 WANTED = {
-    "prompt": "a text, a list of texts, of token ids or of lists of token ids; none of them empty",
+    "prompt": "a text, a list of token ids, or a list of at most 1024 texts or lists of token ids; none of them empty",
     "stop": "a text or a list of at most 4, none of them empty",
     "content": "a text or a list of {type: text, text: ...} parts",
 }

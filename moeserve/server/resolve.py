@@ -40,7 +40,7 @@ def resolve_completion(
     n = request.n or 1
     if request.best_of is not None and request.best_of != n:
         raise bad_value("best_of", request.best_of, f"only best_of equal to n ({n}) is supported")
-    prompts = _prompts_as_ids(request.prompt, tokenizer)
+    prompts = _prompts_as_ids(request.prompt, tokenizer, settings.max_seq_len)
     if len(prompts) * n > settings.max_sequences:
         raise bad_value("n", n, f"{len(prompts)} prompts x n may be {settings.max_sequences} at most")
     echo = bool(request.echo)
@@ -84,6 +84,7 @@ def resolve_chat(request: ChatRequest, tokenizer: Tokenizer, settings: ServerSet
         messages.append({"role": role, "content": text})
     try:
         rendered = tokenizer.render_chat(messages, template_values=request.chat_template_kwargs)
+        _check_text("messages", rendered, tokenizer, settings.max_seq_len)
         prompt = tokenizer.encode(rendered, add_special_tokens=False)
     except ValueError as error:
         raise ApiError(400, str(error), param="messages", code="invalid_value") from None
@@ -151,20 +152,37 @@ def _streaming(request: SamplingRequest) -> tuple[bool, bool, bool]:
 
 def _check_length(param: str, prompt: int, completion: int, limit: int) -> None:
     if prompt + completion > limit:
-        raise ApiError(
-            400,
-            f"This model's maximum context length is {limit} tokens. However, you requested "
-            f"{prompt + completion} tokens ({prompt} in the {param}, {completion} in the completion). "
-            f"Please reduce the length of the {param} or completion.",
-            param=param,
-            code="context_length_exceeded",
+        raise _too_long(
+            param,
+            limit,
+            f"{prompt + completion} tokens ({prompt} in the {param}, {completion} in the completion)",
         )
 
 
-def _prompts_as_ids(prompt: Any, tokenizer: Tokenizer) -> list[list[int]]:
+def _check_text(param: str, text: str, tokenizer: Tokenizer, limit: int) -> None:
+    """Refuses hopeless lengths before seconds go into tokenizing them."""
+    fewest = tokenizer.fewest_tokens(text)
+    if fewest > limit:
+        raise _too_long(param, limit, f"more than {fewest} tokens in the {param}")
+
+
+def _too_long(param: str, limit: int, requested: str) -> ApiError:
+    # LiteLLM and others know the case by the first sentence.
+    return ApiError(
+        400,
+        f"This model's maximum context length is {limit} tokens. However, you requested {requested}. "
+        f"Please reduce the length of the {param} or completion.",
+        param=param,
+        code="context_length_exceeded",
+    )
+
+
+def _prompts_as_ids(prompt: Any, tokenizer: Tokenizer, limit: int) -> list[list[int]]:
     single = isinstance(prompt, str) or isinstance(prompt[0], int)
     prompts = []
     for one in [prompt] if single else prompt:
+        if isinstance(one, str):
+            _check_text("prompt", one, tokenizer, limit)
         ids = tokenizer.encode(one) if isinstance(one, str) else list(one)
         if not ids:
             raise bad_value("prompt", one, "it has no token; send at least one")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """Facts of the model first, then limits; all limits are per server, None switches one off."""
+    """Facts of the model first, then limits of the server; None switches a limit off where nothing else is said."""
 
     model_name: str
     max_seq_len: int  # tokens, prompt and completion together
@@ -26,12 +26,17 @@ class ServerSettings:
     max_stop_strings: int = 4
     max_stop_length: int = 256  # characters
     max_logit_bias: int = 1024
-    max_body_bytes: int = 4 << 20
+    max_body_bytes: int | None = None  # None: what max_seq_len needs, at least 1 MiB
     request_timeout: float | None = None  # seconds from arrival to the last token
     heartbeat_timeout: float = 30.0  # seconds without a word from a rank until readiness fails
     drain_timeout: float | None = None  # seconds that running requests have after SIGTERM
     balance_replicas: bool = True  # attention_dp_config.enable_balance; False: in turn
     metrics_compat: str = "vllm"  # vllm | sglang | none
+
+    @property
+    def body_limit(self) -> int:
+        """Reading JSON holds up all streams, about 0.2 s a MiB at worst: no more than prompts need."""
+        return self.max_body_bytes or max(1 << 20, 64 * self.max_seq_len)
 
     @property
     def expert_bytes(self) -> int:

@@ -19,7 +19,7 @@ CASES: list[tuple[str, dict[str, Any], int, str | None, str]] = [
     (TEXT, {"model": None}, 400, "model", "None"),
     (TEXT, {"model": ...}, 400, "model", "required"),
     (TEXT, {"prompt": ...}, 400, "prompt", "required"),
-    (TEXT, {"prompt": None}, 400, "prompt", "a text, a list of texts"),
+    (TEXT, {"prompt": None}, 400, "prompt", "a text, a list of token ids"),
     (TEXT, {"prompt": ""}, 400, "prompt", "none of them empty"),
     (TEXT, {"prompt": []}, 400, "prompt", "none of them empty"),
     (TEXT, {"prompt": [[]]}, 400, "prompt", "none of them empty"),
@@ -89,6 +89,13 @@ CASES: list[tuple[str, dict[str, Any], int, str | None, str]] = [
         "parts",
     ),
     (CHAT, {"messages": [{"role": "user", "content": "word " * 2000}]}, 400, "messages", "in the messages"),
+    (
+        CHAT,
+        {"messages": [{"role": "user", "content": "a" * 500_000}]},
+        400,
+        "messages",
+        "requested more than",
+    ),
     (
         CHAT,
         {"messages": [*USER, {"role": "assistant", "content": "", "tool_calls": [{}]}]},
