@@ -37,7 +37,6 @@ def server_settings(plan: EnginePlan) -> ServerSettings:
         num_ranks=plan.layout.world_size,
         num_moe_layers=len(plan.spec.moe_layers),
         top_k=moe.routing.top_k if moe is not None else 0,
-        num_experts=moe.num_experts if moe is not None else 0,
         config_hash=hashlib.sha256(repr(plan.config).encode()).hexdigest()[:10],
         api_keys=tuple(key.strip() for key in (config.api_key or "").split(",") if key.strip()),
         max_queued_requests=config.max_queued_requests,

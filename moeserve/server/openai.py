@@ -77,7 +77,8 @@ class SamplingRequest(Shape):
     return_routed_experts: bool | None = Field(
         None,
         description="adds routed_experts to each choice: [tokens][MoE layers][top_k] expert ids, prompt and "
-        "completion but for the last token; when streaming, with the choice's last chunk",
+        "completion but for the last token; when streaming, with the choice's last chunk; not there when a stop "
+        "string ended the choice",
     )
     user: str | None = None
 

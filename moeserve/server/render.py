@@ -5,6 +5,7 @@ Pure but for the clock and the id at the start. A chunk of plain text joins part
 
 from __future__ import annotations
 
+import math
 import time
 import uuid
 from typing import Any, Protocol
@@ -85,10 +86,12 @@ class _Answer:
     def _whole(self, choices: list[dict[str, Any]], generation: Generation) -> bytes:
         return encode({**self._head, "choices": choices, "usage": self._usage(generation)})
 
-    def _with_experts(self, choice: dict[str, Any], deltas: list[Delta]) -> dict[str, Any]:
-        for delta in deltas:
-            if delta.routed_experts is not None:
-                choice["routed_experts"] = routed_experts(delta.routed_experts, self._settings)
+    def _with_experts(self, choice: dict[str, Any], delta: Delta, generation: Generation) -> dict[str, Any]:
+        """delta: the choice's last one."""
+        if delta.routed_experts is not None:
+            sequence = generation.sequences[delta.index]
+            num_tokens = len(sequence.prompt) + sequence.num_generated - 1  # the last one was never put in
+            choice["routed_experts"] = routed_experts(delta.routed_experts, num_tokens, self._settings)
         return choice
 
 
@@ -125,7 +128,7 @@ class ChatRenderer(_Answer):
                 events.append(self._event(choice, generation))
             if delta.finish_reason is not None:
                 last = {"index": index, "delta": {}, "logprobs": None, "finish_reason": delta.finish_reason}
-                events.append(self._event(encode(self._with_experts(last, [delta])), generation))
+                events.append(self._event(encode(self._with_experts(last, delta, generation)), generation))
         return b"".join(events)
 
     def whole(self, deltas: list[Delta], generation: Generation) -> bytes:
@@ -142,7 +145,7 @@ class ChatRenderer(_Answer):
                 "logprobs": logprobs,
                 "finish_reason": own[-1].finish_reason,
             }
-            choices.append(self._with_experts(choice, own))
+            choices.append(self._with_experts(choice, own[-1], generation))
         return self._whole(choices, generation)
 
     def _entries(self, logprobs: list[TokenLogprob]) -> list[dict[str, Any]]:
@@ -186,17 +189,16 @@ class CompletionRenderer(_Answer):
             if not text and delta.finish_reason is None:
                 continue
             self._begun.add(index)
-            logprobs = encode(self._logprobs(self._held.pop(index), index)) if scored else b"null"
-            choice = b'{"index":%d,"text":%b,"logprobs":%b,"finish_reason":%b' % (
-                index,
-                encode(text),
-                logprobs,
-                encode(delta.finish_reason),
-            )
-            if delta.routed_experts is not None:
-                experts = encode(routed_experts(delta.routed_experts, self._settings))
-                choice += b',"routed_experts":' + experts
-            events.append(self._event(choice + b"}", generation))
+            logprobs = self._logprobs(self._held.pop(index), index) if scored else None
+            choice = {
+                "index": index,
+                "text": text,
+                "logprobs": logprobs,
+                "finish_reason": delta.finish_reason,
+            }
+            if delta.finish_reason is not None:
+                choice = self._with_experts(choice, delta, generation)
+            events.append(self._event(encode(choice), generation))
         return b"".join(events)
 
     def whole(self, deltas: list[Delta], generation: Generation) -> bytes:
@@ -212,7 +214,7 @@ class CompletionRenderer(_Answer):
                 "logprobs": self._logprobs(own, index) if scored else None,
                 "finish_reason": own[-1].finish_reason,
             }
-            choices.append(self._with_experts(choice, own))
+            choices.append(self._with_experts(choice, own[-1], generation))
         return self._whole(choices, generation)
 
     def _logprobs(self, deltas: list[Delta], index: int) -> dict[str, Any]:
@@ -261,11 +263,13 @@ def legacy_token(tokenizer: Tokenizer, token_id: int) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
-def routed_experts(data: bytes, settings: ServerSettings) -> list[list[list[int]]]:
-    """[tokens][MoE layers][top_k] expert ids from the rank's bytes."""
-    kind = np.uint8 if settings.expert_bytes == 1 else np.dtype("<i2")
-    shaped = np.frombuffer(data, kind).reshape(-1, settings.num_moe_layers, settings.top_k)
-    return shaped.tolist()
+def routed_experts(data: bytes, num_tokens: int, settings: ServerSettings) -> list[list[list[int]]]:
+    """[num_tokens][MoE layers][top_k] expert ids from the rank's bytes, one or two an id."""
+    shape = (num_tokens, settings.num_moe_layers, settings.top_k)
+    width, rest = divmod(len(data), math.prod(shape)) if num_tokens else (1, 0)
+    assert width in (1, 2) and rest == 0, f"{len(data)} bytes of routed experts for {shape}"
+    nested: list[list[list[int]]] = np.frombuffer(data, f"<u{width}").reshape(shape).tolist()
+    return nested
 
 
 def error_event(error: ApiError) -> bytes:

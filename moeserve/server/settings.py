@@ -15,7 +15,6 @@ class ServerSettings:
     num_ranks: int  # ranks whose readiness and heartbeat are awaited
     num_moe_layers: int = 0
     top_k: int = 0
-    num_experts: int = 0
     config_hash: str = "0"  # of the resolved configuration, for system_fingerprint
 
     api_keys: tuple[str, ...] = ()
@@ -37,8 +36,3 @@ class ServerSettings:
     def body_limit(self) -> int:
         """Reading JSON holds up all streams, about 0.2 s a MiB at worst: no more than prompts need."""
         return self.max_body_bytes or max(1 << 20, 64 * self.max_seq_len)
-
-    @property
-    def expert_bytes(self) -> int:
-        """Bytes of one expert id in SequenceOutput.routed_experts."""
-        return 1 if self.num_experts <= 256 else 2

@@ -170,7 +170,6 @@ def start(tokenizer: Tokenizer, step_seconds: float = 0.0, **changes: Any) -> Ru
             "num_ranks": 2,
             "num_moe_layers": NUM_LAYERS,
             "top_k": TOP_K,
-            "num_experts": 32,
             **changes,
         }
     )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
 from collections.abc import Callable
 from typing import Any
 
@@ -105,3 +107,22 @@ def test_an_unknown_compatibility_is_refused() -> None:
         ValueError, match="metrics_compat: 'tgi' is not known; choose one of vllm, sglang, none"
     ):
         ServingCollector(ServingMetrics(dict), "m", "tgi")
+
+
+@pytest.mark.parametrize("compat", ["none", "vllm", "sglang"])
+def test_promtool_finds_nothing_but_the_peers_colons(start_server: Callable[..., Any], compat: str) -> None:
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("promtool is not installed")
+    server = start_server(metrics_compat=compat)
+    server.client().completions.create(model="toy/model", prompt="x", max_tokens=2)
+    text = server.web.get("/metrics").text
+    done = subprocess.run(
+        [promtool, "check", "metrics"], input=text, capture_output=True, text=True, timeout=20
+    )
+    found = [
+        line for line in (done.stdout + done.stderr).splitlines() if "moeserve" in line or compat != "vllm"
+    ]
+    assert not found
+    if compat != "vllm":
+        assert done.returncode == 0

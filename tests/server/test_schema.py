@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,7 +25,9 @@ def test_schema_has_the_declared_statuses_and_the_model(server: Any) -> None:
 
 
 @pytest.mark.slow
-def test_schemathesis_finds_no_server_error_and_no_undeclared_answer(start_server: Any) -> None:
+def test_schemathesis_finds_no_server_error_and_no_undeclared_answer(
+    start_server: Any, tmp_path: Path
+) -> None:
     pytest.importorskip("schemathesis")
     server = start_server(max_seq_len=64, max_choices=3)  # else most of the time goes into the toy's speech
     checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
@@ -32,7 +35,7 @@ def test_schemathesis_finds_no_server_error_and_no_undeclared_answer(start_serve
     command += ["--max-examples", "25", "--continue-on-failure", "--suppress-health-check=all", "--no-color"]
     command += ["--checks", checks, "--seed", "1", "--phases", "examples,coverage,fuzzing"]
     command += ["--exclude-path", "/readyz", "--exclude-path", "/health"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert server.call(lambda: server.frontend.in_flight) == 0
 
