@@ -27,6 +27,7 @@ lint: $(VENV)/.dev
 $(VENV)/.serve: pyproject.toml
 	@echo "== installing into $(VENV): torch is large, the first time takes minutes"
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --upgrade pip  # the one of Python 3.10 searches for minutes
 	$(BIN)/pip install "$(TORCH)"
 	$(BIN)/pip install -e ".[serve]"
 	@touch $@
