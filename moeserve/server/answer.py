@@ -8,7 +8,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from moeserve.server.errors import ApiError
-from moeserve.server.generation import Delta, Generation
+from moeserve.server.generation import Generation
 from moeserve.server.render import Renderer, error_event
 
 EVENT_HEADERS = [
@@ -41,9 +41,7 @@ class GenerationResponse(Response):
 
     async def _send_whole(self, send: Send) -> None:
         generation = self._generation
-        deltas: list[Delta] = []
-        while new := await generation.next():
-            deltas += new
+        deltas = await generation.all()
         if generation.error is not None:
             await send_error(send, generation.error)
             return

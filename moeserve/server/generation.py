@@ -94,7 +94,7 @@ class RunningSequence:
 class Generation:
     """A request in flight: `while deltas := await generation.next(): ...`, then look at `error`.
 
-    next() wakes once for all that one step brought. Not finished and no longer wanted: cancel().
+    next() wakes once for all that one step brought; all() once, at the end. No longer wanted: cancel().
     """
 
     def __init__(self, frontend: Frontend, num_sequences: int, arrival: float) -> None:
@@ -106,6 +106,7 @@ class Generation:
         self._frontend = frontend
         self._pending: list[Delta] = []
         self._closed = False
+        self._each_step = True
         self._waiter: asyncio.Future[None] | None = None
         self._deadline: asyncio.TimerHandle | None = None
 
@@ -114,13 +115,16 @@ class Generation:
         while not self._pending:
             if self._closed:
                 return []
-            self._waiter = asyncio.get_running_loop().create_future()
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
+            await self._wait()
         deltas, self._pending = self._pending, []
         return deltas
+
+    async def all(self) -> list[Delta]:
+        """Every delta, when the last one is there; steps before it wake nobody."""
+        self._each_step = False
+        while not self._closed:
+            await self._wait()
+        return await self.next()
 
     def cancel(self) -> None:
         """Drops what is not finished yet; nothing happens when all is."""
@@ -134,13 +138,21 @@ class Generation:
 
     def deliver(self, delta: Delta) -> None:
         self._pending.append(delta)
-        self._wake()
+        if self._each_step:
+            self._wake()
 
     def close(self) -> None:
         self._closed = True
         if self._deadline is not None:
             self._deadline.cancel()
         self._wake()
+
+    async def _wait(self) -> None:
+        self._waiter = asyncio.get_running_loop().create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import resource
 import signal
 import socket
@@ -18,7 +19,8 @@ from moeserve.server.guard import Guard
 from moeserve.server.settings import ServerSettings
 
 log = logging.getLogger(__name__)
-DEAD_SECONDS = 1.0  # how long the errors are still answered after the engine's death
+DEAD_SECONDS = 1.0  # how long errors are still answered after the engine's death or the drain's end
+CLOSE_SECONDS = 2  # then connections with half a request on them are cut
 POLL_SECONDS = 0.02
 BACKLOG = 2048
 
@@ -61,6 +63,7 @@ class HttpServer:
                 log_config=None,
                 server_header=False,
                 timeout_keep_alive=75,
+                timeout_graceful_shutdown=CLOSE_SECONDS,
             )
         )
 
@@ -102,15 +105,16 @@ class HttpServer:
         log.info("draining: %d requests run, new ones get 503", self.guard.active)
         limit = self._settings.drain_timeout
         loop = asyncio.get_running_loop()
-        deadline = None if limit is None else loop.time() + limit
+        deadline = math.inf if limit is None else loop.time() + limit
         while self.guard.active and not self._frontend.dead.is_set():
             if self._server.force_exit:
                 await asyncio.sleep(POLL_SECONDS)  # for the errors to leave
                 return
-            if deadline is not None and loop.time() > deadline:
+            if loop.time() > deadline:
                 log.warning("ending %d requests that did not finish in %g s", self.guard.active, limit)
                 self._frontend.end_all()
-                deadline = None
+                await asyncio.sleep(DEAD_SECONDS)
+                return
             await asyncio.sleep(POLL_SECONDS)
 
 

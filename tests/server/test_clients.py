@@ -197,7 +197,7 @@ def test_fields_that_clients_send_are_taken(server: Any) -> None:
         max_tokens=3,
         best_of=1,
         suffix=None,
-        user="me",
+        user="u" * 40_000,  # a body that is looked at in a thread
         extra_body={"ignore_eos": True, "stream_options": None, "unheard_of": {"a": 1}, "top_k": -1},
     )
     assert got.usage is not None and got.usage.completion_tokens == 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import socket
@@ -134,6 +135,25 @@ def test_a_drain_that_takes_too_long_ends_with_an_answer(start_server: START) ->
         server.loop.call_soon_threadsafe(server.http.stop)
         assert asked.result().status_code == 503
     server.thread.join(5)
+    assert server.exit_code == [0]
+
+
+def test_clients_that_neither_send_nor_read_do_not_hold_up_the_end(start_server: START) -> None:
+    server = start_server(drain_timeout=0.1)
+    address = ("127.0.0.1", int(server.url.rsplit(":", 1)[1]))
+    body = json.dumps(
+        {**LONG, "prompt": ["x"] * 60, "stream": True, "logprobs": 5, "ignore_eos": True}
+    ).encode()
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
+    with socket.create_connection(address) as half, socket.socket() as deaf:
+        half.sendall(head % 100 + b"{")
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        deaf.connect(address)
+        deaf.sendall(head % len(body) + body)  # 60 x 900 tokens of answer: more than the kernel keeps
+        wait_for(lambda: not server.call(lambda: server.frontend.in_flight) and server.link.step > 900, 20)
+        assert server.call(lambda: server.http.guard.active) == 1
+        server.loop.call_soon_threadsafe(server.http.stop)
+        server.thread.join(6)
     assert server.exit_code == [0]
 
 
