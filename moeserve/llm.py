@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from moeserve.config import EngineConfig, parse
-from moeserve.messages import SamplingParams, TokenLogprob
+from moeserve.messages import EngineStats, SamplingParams, TokenLogprob
 from moeserve.plan import check_local_ranks, make_plan
 from moeserve.server.frontend import Frontend
 from moeserve.serving import running_engine, server_settings, until_ready, with_tokenizer
@@ -100,6 +100,10 @@ class LLM:
         if generation.error is not None:
             raise RuntimeError(str(generation.error))
         return answer
+
+    def replica_stats(self) -> list[EngineStats]:
+        """The last word of each attention replica on what it has done."""
+        return self._frontend.replica_stats()
 
     def close(self) -> None:
         """End the ranks. Raises RuntimeError with a rank's traceback when the engine had died."""

@@ -98,7 +98,12 @@ class SequenceOutput(msgspec.Struct, array_like=True):
 
 
 class EngineStats(msgspec.Struct, frozen=True, array_like=True):
-    """State of one rank's replica after a step, and the counts since the rank's start."""
+    """State of one rank's replica after a step, and the counts since the rank's start.
+
+    replica_tokens: tokens computed by this replica; busiest_tokens: the same counted as if it had always been the
+    busiest replica of its step. Over all replicas mean(replica_tokens) / busiest_tokens is the token balance of
+    attention DP: 1 when nobody waited.
+    """
 
     step: int
     running: int
@@ -109,6 +114,8 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True):
     generated_tokens: int
     preemptions: int
     cached_tokens: int
+    replica_tokens: int = 0
+    busiest_tokens: int = 0
 
 
 class RankReady(msgspec.Struct, frozen=True, tag="ready"):

@@ -98,6 +98,12 @@ def make_plan(config: EngineConfig) -> EnginePlan:
         raise ValueError(
             f"max_seq_len = {max_seq_len}: the model knows {spec.max_positions} positions at most"
         )
+    kv_tokens = config.kv_cache_config.max_tokens
+    if config.max_seq_len is not None and kv_tokens is not None and config.max_seq_len > kv_tokens:
+        raise ValueError(
+            f"max_seq_len = {max_seq_len}: kv_cache_config.max_tokens = {kv_tokens} holds no such sequence; "
+            "raise it or leave one of them out"
+        )
     return EnginePlan(
         config=config,
         spec=spec,

@@ -41,6 +41,10 @@ BAD_SETTINGS = [  # command line, and what the answer must name
     (["--max-num-tokens", "-1"], "max_num_tokens = -1"),
     (["--max-seq-len", "1"], "max_seq_len = 1: must be at least 2"),
     (["--max-seq-len", "4096"], "max_seq_len = 4096: the model knows 1024 positions"),
+    (
+        ["--max-seq-len", "512", "--kv-cache-config.max-tokens", "256"],
+        "max_seq_len = 512: kv_cache_config.max",
+    ),
     (["--port", "70000"], "port = 70000: must be from 0 to 65535"),
     (
         ["--kv-cache-config.free-gpu-memory-fraction", "0"],

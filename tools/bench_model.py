@@ -1,6 +1,6 @@
 """Makes the model of the serving benchmark: a Qwen3-MoE of 118 M random parameters with the embedded tokenizer.
 
-    python tools/bench_model.py DIRECTORY
+python tools/bench_model.py DIRECTORY
 """
 
 from __future__ import annotations

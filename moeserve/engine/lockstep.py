@@ -6,7 +6,7 @@ leader's mail is broadcast inside the replica, and one small header is exchanged
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Protocol
 
 import msgspec
@@ -32,6 +32,7 @@ class ReplicaState:
 
     rows: int = 0  # residual rows of each of its ranks in this step
     waiting_prefill: bool = False  # has prompt tokens to compute, whether or not it does so in this step
+    queued: bool = False  # has prompts that wait, perhaps for a seat or pages
     decoding: bool = False
     leaving: bool = False
 
@@ -74,9 +75,8 @@ class Lockstep:
         return [decode_to_rank(message) for message in messages]
 
     def agree(self, mine: ReplicaState) -> Agreed:
-        header = [mine.rows, mine.waiting_prefill, mine.decoding, mine.leaving]
-        rows = self.mesh.dp.all_gather_ints(header)
-        states = tuple(ReplicaState(row[0], bool(row[1]), bool(row[2]), bool(row[3])) for row in rows)
+        rows = self.mesh.dp.all_gather_ints([int(value) for value in astuple(mine)])
+        states = tuple(ReplicaState(row[0], *map(bool, row[1:])) for row in rows)
         return Agreed(states, tuple(state.rows for state in states for _ in range(self.mesh.tp.size)))
 
 
@@ -86,8 +86,9 @@ class PrefillGate:
 
     A step lasts as long as its busiest replica: a prefill on one of them makes the decodes of all others wait.
     So a replica with a prefill waits up to timeout_iters steps for the others to have one, and then up to
-    batching_wait_iters for more to join, as TensorRT-LLM's attention_dp_config does; but only while some
-    replica decodes: with nobody to disturb, waiting gains nothing. Pure: each decision gives the next state.
+    batching_wait_iters for more to join, as TensorRT-LLM's attention_dp_config does. But it waits only while some
+    replica decodes, and only for replicas with prompts in their queue: a request that comes when nobody else has
+    one starts at once. Pure: each decision gives the next state.
     """
 
     config: AttentionDPConfig
@@ -96,12 +97,13 @@ class PrefillGate:
 
     def decide(self, last: Agreed, waiting: bool, batch_full: bool) -> tuple[bool, PrefillGate]:
         """Hold now?, and the gate for the next step. last: the header of the step before."""
-        others_decode = any(state.decoding for state in last.replicas)
-        if not (self.config.enable_balance and len(last.replicas) > 1 and waiting and others_decode):
+        queues = sum(state.queued or state.waiting_prefill for state in last.replicas)
+        anyone_decodes = any(state.decoding for state in last.replicas)
+        if not (self.config.enable_balance and waiting and anyone_decodes and queues > 1):
             return False, replace(self, waited=0, batched=0)
-        all_have = all(state.waiting_prefill for state in last.replicas)
-        if not all_have and self.waited < self.config.timeout_iters:
+        together = all(state.waiting_prefill or not state.queued for state in last.replicas)
+        if not together and self.waited < self.config.timeout_iters:
             return True, replace(self, waited=self.waited + 1)
-        if all_have and not batch_full and self.batched < self.config.batching_wait_iters:
+        if together and not batch_full and self.batched < self.config.batching_wait_iters:
             return True, replace(self, batched=self.batched + 1)
         return False, replace(self, waited=0, batched=0)

@@ -13,6 +13,7 @@ import time
 import traceback
 from typing import TYPE_CHECKING
 
+import msgspec
 import zmq
 
 from moeserve.comm import mesh as comm_mesh
@@ -22,6 +23,7 @@ from moeserve.engine.scheduler import ScheduledBatch, Scheduler
 from moeserve.messages import (
     AbortRequest,
     AddRequest,
+    EngineStats,
     FromRank,
     RankFailed,
     RankReady,
@@ -55,7 +57,7 @@ class Rank:
         self.gate = PrefillGate(plan.config.attention_dp_config)
         self.agreed = Agreed((ReplicaState(),) * runner.mesh.dp.size, (0,) * runner.mesh.stage.size)
         self.leaving = False
-        self.steps = 0
+        self.steps = self.replica_tokens = self.busiest_tokens = 0
         self.refused: list[SequenceOutput] = []
         self.last_sent = 0.0
 
@@ -74,7 +76,7 @@ class Rank:
         if not self.agreed.idle:
             results, experts = self.runner.run(batch, self.agreed)
             outputs = self.scheduler.finish(batch, results, experts)
-            self.steps += 1
+            self.count(self.agreed)
         self.answer(outputs)
         return not (self.agreed.quiet and self.agreed.leaving)
 
@@ -101,9 +103,16 @@ class Rank:
         return ReplicaState(
             rows=-(-batch.num_tokens // tp),
             waiting_prefill=self.scheduler.prefill_ready or len(batch.chunks) > batch.num_decode,
+            queued=self.scheduler.has_queue,
             decoding=batch.num_decode > 0,
             leaving=self.leaving,
         )
+
+    def count(self, agreed: Agreed) -> None:
+        tp = self.runner.mesh.tp.size
+        self.steps += 1
+        self.replica_tokens += agreed.replicas[self.runner.mesh.dp.rank].rows * tp
+        self.busiest_tokens += max(state.rows for state in agreed.replicas) * tp
 
     def answer(self, outputs: list[SequenceOutput]) -> None:
         """Answer the front-end: the leader with what the step made, any rank with a sign of life."""
@@ -111,8 +120,15 @@ class Rank:
         answers = self.refused + outputs if self.is_leader else []
         self.refused = []
         if answers or now - self.last_sent >= HEARTBEAT_SECONDS:
-            self.mail.send(StepDone(rank=self.rank, outputs=answers, stats=self.scheduler.stats(self.steps)))
+            self.mail.send(StepDone(rank=self.rank, outputs=answers, stats=self.stats()))
             self.last_sent = now
+
+    def stats(self) -> EngineStats:
+        return msgspec.structs.replace(
+            self.scheduler.stats(self.steps),
+            replica_tokens=self.replica_tokens,
+            busiest_tokens=self.busiest_tokens,
+        )
 
 
 class SocketMail:
@@ -167,7 +183,9 @@ def run(plan: EnginePlan, place: RankPlace, mail: Mail) -> None:
     gc.collect()
     gc.freeze()
     mail.send(
-        RankReady(rank=place.rank, pid=os.getpid(), kv_tokens=runner.kv_tokens, max_seq_len=plan.max_seq_len)
+        RankReady(
+            rank=place.rank, pid=os.getpid(), kv_tokens=runner.kv_tokens, max_seq_len=runner.max_seq_len
+        )
     )
     Rank(plan, runner, scheduler, mail).serve()
     comm_mesh.stop()

@@ -50,6 +50,7 @@ class Runner:
         self.model = self._load_model()
         self.page_size = plan.config.kv_cache_config.tokens_per_block
         self.kv_tokens = self._agree_kv_tokens(place.local_size)
+        self.max_seq_len = self._agree_max_seq_len()
         self.kv_cache = self.model.new_kv_cache(self.kv_tokens // self.page_size, self.page_size)
 
     def _load_model(self) -> Decoder:
@@ -82,6 +83,16 @@ class Runner:
         mine = self.plan.kv_tokens(devices.free_memory(self.device, local_ranks))
         return min(tokens for (tokens,) in self.mesh.world.all_gather_ints([mine]))
 
+    def _agree_max_seq_len(self) -> int:
+        """The longest sequence: the plan's, or all that the cache holds where the settings leave it open."""
+        wanted = self.plan.config.max_seq_len
+        if wanted is not None and wanted > self.kv_tokens:
+            raise ValueError(
+                f"max_seq_len = {wanted}: the KV cache of a rank holds {self.kv_tokens} tokens; lower max_seq_len "
+                "or give the cache more (kv_cache_config)"
+            )
+        return min(self.plan.max_seq_len, self.kv_tokens)
+
     def new_scheduler(self) -> Scheduler:
         config = self.plan.config
         pool = PagePool(
@@ -91,9 +102,10 @@ class Runner:
             pool,
             max_batch_size=config.max_batch_size,
             max_num_tokens=config.max_num_tokens,
-            max_seq_len=self.plan.max_seq_len,
+            max_seq_len=self.max_seq_len,
             enable_chunked_prefill=config.enable_chunked_prefill,
             eos_token_ids=self.plan.eos_token_ids,
+            vocab_size=self.plan.spec.vocab_size,
         )
 
     def run(
@@ -109,7 +121,9 @@ class Runner:
 
 def progress_bar(name: str, shown: bool) -> tqdm[NoReturn]:
     """A bar of bytes, on a terminal only."""
-    tqdm.set_lock(threading.RLock())  # its own lock is a semaphore of the system that a killed rank would leave
+    tqdm.set_lock(
+        threading.RLock()
+    )  # its own lock is a semaphore of the system that a killed rank would leave
     return tqdm(unit="B", unit_scale=True, desc=name, disable=None if shown else True)
 
 

@@ -81,11 +81,26 @@ class Scheduler:
         return bool(self._sequences)
 
     @property
+    def has_queue(self) -> bool:
+        """Whether prompts wait, for a seat, pages or the next step."""
+        return bool(self._waiting)
+
+    @property
     def prefill_ready(self) -> bool:
         """Whether the next batch would compute prompt tokens if it were not held back."""
         if any(len(sequence.tokens) - sequence.num_computed > 1 for sequence in self._running):
             return True
         return self._admissible() is not None
+
+    @property
+    def prefill_fills_step(self) -> bool:
+        """Whether the prompts that wait already make a full step: waiting for more would gain nothing."""
+        tokens = 0
+        for sequence in self._waiting.values():
+            tokens += len(sequence.tokens)
+            if tokens >= self.max_num_tokens:
+                return True
+        return len(self._waiting) + len(self._running) >= self.max_batch_size
 
     def stats(self, step: int) -> EngineStats:
         return EngineStats(
