@@ -10,14 +10,19 @@ import numpy as np
 from moeserve.eplb.types import Ints, MigrationPlan, Move, Placement, Topology
 
 
-def plan_migration(old: Placement, new: Placement, topology: Topology) -> MigrationPlan:
+def plan_migration(
+    old: Placement, new: Placement, topology: Topology, staging_slots: int | None = None
+) -> MigrationPlan:
     """The moves that turn old into new; ValueError where the two do not fit together.
 
-    Sources: a slot on the target's own rank, else on its node, else the one that has been asked least. Rounds: a
-    slot is overwritten only when all that read it have done so in the same or an earlier round; moves of a round
-    read what stood before the round (the mover stages what it receives), so cycles need one round only, and a
-    layer mostly takes one. A second round is used where a rank would otherwise receive more than its fair part.
+    Sources: a slot on the target's own rank, else on its node, else anywhere; among equals the rank that has been
+    asked least. Rounds: moves of a round read what stood before it (the mover stages what it receives and then
+    writes), and a slot is overwritten in no earlier round than its last reader's. staging_slots: slots that a
+    rank can stage in a round; without it a layer is one round. Moves that wait for each other in a circle stay
+    together even where that is more.
     """
+    if staging_slots is not None and staging_slots < 1:
+        raise ValueError(f"staging_slots = {staging_slots}: give 1 or more")
     old.check(topology)
     new.check(topology)
     if (old.num_layers, old.num_experts) != (new.num_layers, new.num_experts):
@@ -31,7 +36,7 @@ def plan_migration(old: Placement, new: Placement, topology: Topology) -> Migrat
         moves = _moves(layer, old.slot_to_expert[layer], new.slot_to_expert[layer], topology, asked)
         share_differs = bool((np.abs(old.share[layer] - new.share[layer]) > 5e-7).any())
         if moves or share_differs:
-            layers.append((layer, _rounds(moves)))
+            layers.append((layer, _rounds(moves, topology, staging_slots)))
     return MigrationPlan(old.generation, old.digest, new, tuple(layers))
 
 
@@ -53,9 +58,61 @@ def _moves(layer: int, before: Ints, after: Ints, topology: Topology, asked: Cou
     return moves
 
 
-def _rounds(moves: list[Move]) -> tuple[tuple[Move, ...], ...]:
-    """One round, since all moves of a round read what stood before it."""
-    return (tuple(moves),) if moves else ()
+def _rounds(moves: list[Move], topology: Topology, staging: int | None) -> tuple[tuple[Move, ...], ...]:
+    """Each move in the earliest round that its target's readers and the staging allow."""
+    if not moves:
+        return ()
+    if staging is None:
+        return (tuple(moves),)
+    readers: dict[int, list[Move]] = {}
+    for move in moves:
+        readers.setdefault(move.source_slot, []).append(move)
+    round_of: dict[Move, int] = {}
+    received: Counter[tuple[int, int]] = Counter()
+    for unit in _units(moves):
+        ranks = Counter(move.target_slot // topology.slots_per_rank for move in unit)
+        before = (round_of[r] for move in unit for r in readers.get(move.target_slot, []) if r in round_of)
+        number = max(before, default=0)
+        while any(
+            received[number, rank] and received[number, rank] + n > staging for rank, n in ranks.items()
+        ):
+            number += 1
+        for move in unit:
+            round_of[move] = number
+        for rank, n in ranks.items():
+            received[number, rank] += n
+    last = max(round_of.values())
+    rounds = (tuple(move for move in moves if round_of[move] == number) for number in range(last + 1))
+    return tuple(moves for moves in rounds if moves)
+
+
+def _units(moves: list[Move]) -> list[list[Move]]:
+    """Moves, readers of a slot before its writer; those in a circle as one unit.
+
+    A move reads one slot, so it precedes at most one other move: the one that writes that slot.
+    """
+    writer = {move.target_slot: move for move in moves}
+    waiting = Counter(move.source_slot for move in moves if move.source_slot in writer)
+    ready = [move for move in moves if not waiting[move.target_slot]]
+    units = []
+    done: set[Move] = set()
+    for move in ready:
+        units.append([move])
+        done.add(move)
+        after = writer.get(move.source_slot)
+        if after is not None:
+            waiting[move.source_slot] -= 1
+            if not waiting[move.source_slot]:
+                ready.append(after)
+    for move in moves:
+        circle = []
+        while move not in done:
+            circle.append(move)
+            done.add(move)
+            move = writer[move.source_slot]
+        if circle:
+            units.append(circle)
+    return units
 
 
 def apply_plan(old: Placement, plan: MigrationPlan) -> Placement:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+
 from moeserve.eplb.policies.problem import Problem
 from moeserve.eplb.types import Floats, Ints
 

@@ -1,0 +1,204 @@
+"""Decides, window by window, whether a better placement is worth its moves. Pure: no clock, no process, no torch.
+
+Windows hold logical load, so they stay valid over a migration.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from moeserve.eplb.incremental import improve_even, improve_steps
+from moeserve.eplb.load import check_counts
+from moeserve.eplb.metrics import imbalance, rank_load
+from moeserve.eplb.migration import Traffic, plan_migration, traffic
+from moeserve.eplb.policies import POLICIES
+from moeserve.eplb.policies.problem import Problem
+from moeserve.eplb.routing import static_shares, step_shares
+from moeserve.eplb.solve import explain
+from moeserve.eplb.types import Floats, Ints, MigrationPlan, Placement, Topology
+
+Routing = Literal["even", "shares", "step"]
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a move costs and what balance is worth, to weigh one against the other.
+
+    expert_bytes: weights of one expert. bytes_per_second: what a rank receives with. step_seconds: length of a
+    step; moe_part: the part of it that the busiest rank's expert load stretches. horizon_steps: steps for which
+    the gain is expected to last. stall_part: part of the transfer that holds up steps (the rest overlaps).
+    """
+
+    expert_bytes: int
+    bytes_per_second: float
+    step_seconds: float
+    moe_part: float = 0.5
+    horizon_steps: int = 1000
+    stall_part: float = 0.2
+
+    def __post_init__(self) -> None:
+        for name in ("expert_bytes", "bytes_per_second", "step_seconds", "horizon_steps"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} = {getattr(self, name)}: give a number above 0")
+        for name in ("moe_part", "stall_part"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: give a fraction from 0 to 1")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """windows: how many the rebalancer remembers; min_windows: from how many it acts. policy: auto improves the
+    current placement by at most max_moves_per_layer slot changes a decision; the name of a policy solves from
+    scratch, without that limit. min_gain: least relative gain in imbalance, over all layers, that is acted on.
+    routing: how the engine splits tokens over replicas. costs: None leaves out what moves cost."""
+
+    windows: int = 16
+    min_windows: int = 2
+    policy: str = "auto"
+    max_moves_per_layer: int = 4
+    min_gain: float = 0.02
+    routing: Routing = "shares"
+    expert_groups: int = 1
+    survive_rank_loss: bool = False
+    costs: Costs | None = None
+
+    def __post_init__(self) -> None:
+        if self.windows < 1 or not 1 <= self.min_windows <= self.windows:
+            raise ValueError(
+                f"windows = {self.windows}, min_windows = {self.min_windows}: give 1 <= min <= windows"
+            )
+        if self.policy != "auto" and self.policy not in POLICIES:
+            raise ValueError(f"policy = {self.policy!r}: give auto, {', '.join(POLICIES)}")
+        if self.max_moves_per_layer < 0:
+            raise ValueError(f"max_moves_per_layer = {self.max_moves_per_layer}: give 0 or more")
+        if not 0 <= self.min_gain < 1:
+            raise ValueError(f"min_gain = {self.min_gain}: give a fraction from 0 to below 1")
+        if self.routing not in ("even", "shares", "step"):
+            raise ValueError(f"routing = {self.routing!r}: give even, shares or step")
+
+
+@dataclass(frozen=True)
+class Decision:
+    """plan: None to leave things as they are. before and predicted: imbalance (max/mean rank load, mean over
+    layers and remembered windows) of the current and the proposed placement under the engine's routing."""
+
+    plan: MigrationPlan | None
+    reason: str
+    before: float
+    predicted: float
+    moves: int = 0
+    traffic: Traffic | None = None
+    gain_seconds: float | None = None
+    cost_seconds: float | None = None
+
+
+class Rebalancer:
+    """Give it each window with observe, ask with decide, tell it with applied when a plan is in force."""
+
+    def __init__(self, placement: Placement, topology: Topology, settings: Settings | None = None) -> None:
+        placement.check(topology)
+        self.placement, self.topology, self.settings = placement, topology, settings or Settings()
+        self.windows: deque[npt.NDArray[np.int64]] = deque(maxlen=self.settings.windows)
+
+    def observe(self, load: npt.ArrayLike) -> None:
+        """A window's routed counts [L, E]; one without any load is passed over."""
+        counts = check_counts(load, "load")
+        shape = (self.placement.num_layers, self.placement.num_experts)
+        if counts.shape != shape:
+            raise ValueError(f"the window has shape {counts.shape}, expected [layers, experts] = {shape}")
+        if counts.any():
+            self.windows.append(counts)
+
+    def applied(self, placement: Placement) -> None:
+        """The placement that is in force from now on."""
+        placement.check(self.topology)
+        self.placement = placement
+
+    def decide(self) -> Decision:
+        """Whether to move now, and what; does not change the state."""
+        if len(self.windows) < self.settings.min_windows:
+            return Decision(
+                None, f"{len(self.windows)} of {self.settings.min_windows} windows observed", 1.0, 1.0
+            )
+        windows = np.stack(self.windows)
+        before = self._imbalance(windows, self.placement)
+        proposed = self._propose(windows)
+        if self.settings.policy == "auto":
+            proposed = self._worthwhile_layers(windows, before, proposed)
+        after = self._imbalance(windows, proposed)
+        was, now = float(before.mean()), float(after.mean())
+        if proposed.digest == self.placement.digest:
+            return Decision(None, "no layer gains enough", was, was)
+        gain = (was - now) / was
+        if gain < self.settings.min_gain:
+            return Decision(None, f"gain {gain:.2%} is below min_gain {self.settings.min_gain:.2%}", was, now)
+        plan = plan_migration(self.placement, proposed, self.topology)
+        moved = traffic(plan, self.topology)
+        gain_seconds, cost_seconds = self._weigh(gain, moved)
+        found = Decision(
+            plan, f"gain {gain:.2%}", was, now, plan.num_moves, moved, gain_seconds, cost_seconds
+        )
+        if gain_seconds is not None and cost_seconds is not None and cost_seconds >= gain_seconds:
+            reason = f"moves cost {cost_seconds:.3g} s, the gain of {gain:.2%} is worth {gain_seconds:.3g} s"
+            return replace(found, plan=None, reason=reason)
+        return found
+
+    def _propose(self, windows: npt.NDArray[np.int64]) -> Placement:
+        s, current, topology = self.settings, self.placement, self.topology
+        weighted = s.routing != "even"
+        if s.policy != "auto":
+            return explain(
+                windows, topology, policy=s.policy, current=current, expert_groups=s.expert_groups,
+                survive_rank_loss=s.survive_rank_loss, routing="shares" if weighted else "even",
+            ).placement  # fmt: skip
+        problem = Problem.of(
+            windows,
+            topology,
+            expert_groups=s.expert_groups,
+            survive_rank_loss=s.survive_rank_loss,
+            weighted=weighted,
+        )
+        slots: Ints
+        if s.routing == "step":
+            slots, _ = improve_steps(problem, current, s.max_moves_per_layer)
+        else:
+            slots = improve_even(problem, current, s.max_moves_per_layer)
+        return self._placement(slots, windows)
+
+    def _placement(self, slots: Ints, windows: npt.NDArray[np.int64]) -> Placement:
+        placement = Placement(slots, self.placement.num_experts, self.placement.generation + 1)
+        if self.settings.routing == "even":
+            return placement
+        return replace(placement, share=static_shares(placement, windows, self.topology))
+
+    def _worthwhile_layers(
+        self, windows: npt.NDArray[np.int64], before: Floats, proposed: Placement
+    ) -> Placement:
+        """The proposal for layers that gain by it; the others keep what they have."""
+        after = self._imbalance(windows, proposed)
+        gains = before - after > before * self.settings.min_gain / 2
+        slots = np.where(gains[:, None], proposed.slot_to_expert, self.placement.slot_to_expert)
+        share = np.where(gains[:, None], proposed.share, self.placement.share)
+        return Placement(slots, proposed.num_experts, proposed.generation, share)
+
+    def _imbalance(self, windows: npt.NDArray[np.int64], placement: Placement) -> Floats:
+        """[L] mean over the windows under the engine's routing."""
+        if self.settings.routing == "step":
+            _, ranks = step_shares(placement, windows, self.topology)
+        else:
+            ranks = rank_load(windows, placement, self.topology, even=self.settings.routing == "even")
+        by_layer: Floats = imbalance(ranks).mean(axis=0)
+        return by_layer
+
+    def _weigh(self, gain: float, moved: Traffic) -> tuple[float | None, float | None]:
+        costs = self.settings.costs
+        if costs is None:
+            return None, None
+        worth = gain * costs.moe_part * costs.step_seconds * costs.horizon_steps
+        transfer = max(moved.most_received, moved.most_sent) * costs.expert_bytes / costs.bytes_per_second
+        return worth, transfer * costs.stall_part

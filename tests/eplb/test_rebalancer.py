@@ -1,0 +1,167 @@
+"""The online balancer: it moves when that pays, keeps still under steady load, and outlives its process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from moeserve.eplb.migration import apply_plan
+from moeserve.eplb.rebalancer import Costs, Rebalancer, Routing, Settings
+from moeserve.eplb.service import Answer, RebalanceService
+from moeserve.eplb.synthetic import Traffic
+from moeserve.eplb.types import Placement, Topology
+
+TOPOLOGY = Topology.of(8, 72, 4)
+
+
+def _windows(scenario: str, number: int, seed: int = 0) -> np.ndarray:
+    traffic = Traffic.make(4, 64, seed=seed)
+    steps = traffic.counts(traffic.mixes(scenario, number * 16, seed), 8 * 768, seed)  # type: ignore[arg-type]
+    return steps.reshape(number, 16, 4, 64).sum(axis=1)
+
+
+def _drive(rebalancer: Rebalancer, windows: np.ndarray) -> list[int]:
+    """Moves of each window; plans are applied at once."""
+    moves = []
+    for window in windows:
+        rebalancer.observe(window)
+        decision = rebalancer.decide()
+        moves.append(decision.moves if decision.plan else 0)
+        if decision.plan:
+            assert decision.predicted < decision.before
+            rebalancer.applied(apply_plan(rebalancer.placement, decision.plan))
+    return moves
+
+
+@pytest.mark.parametrize("routing", ["even", "shares", "step"])
+def test_converges_and_keeps_still_under_steady_load(routing: Routing) -> None:
+    windows = _windows("steady", 40)
+    rebalancer = Rebalancer(Placement.identity(4, 64, 72), TOPOLOGY, Settings(routing=routing))
+    moves = _drive(rebalancer, windows)
+    assert sum(moves[:12]) > 0
+    assert max(moves) <= 4 * 4
+    assert sum(moves[20:]) == 0
+    assert rebalancer.decide().before < (1.12 if routing == "even" else 1.10 if routing == "shares" else 1.04)
+
+
+def test_follows_a_drift() -> None:
+    windows = _windows("drift", 40, seed=3)
+    still = Rebalancer(Placement.identity(4, 64, 72), TOPOLOGY, Settings(windows=4))
+    _drive(still, windows[:15])
+    settled = still.placement
+    for window in windows[-4:]:
+        still.observe(window)
+    stale = still.decide()
+    moving = Rebalancer(settled, TOPOLOGY, Settings(windows=4))
+    _drive(moving, windows[15:])
+    assert moving.decide().before < stale.before
+    assert moving.placement.generation > settled.generation
+
+
+def test_moves_that_cost_more_than_they_bring_are_left() -> None:
+    windows = _windows("steady", 4)
+    dear = Costs(expert_bytes=10**9, bytes_per_second=1e9, step_seconds=1e-3, horizon_steps=10)
+    cheap = Costs(expert_bytes=10**3, bytes_per_second=1e9, step_seconds=1e-1, horizon_steps=10_000)
+    for costs, moves in ((dear, False), (cheap, True)):
+        rebalancer = Rebalancer(Placement.identity(4, 64, 72), TOPOLOGY, Settings(costs=costs))
+        for window in windows:
+            rebalancer.observe(window)
+        decision = rebalancer.decide()
+        assert (decision.plan is not None) == moves
+        assert decision.cost_seconds is not None
+        if not moves:
+            assert "moves cost" in decision.reason
+
+
+def test_says_why_it_waits() -> None:
+    rebalancer = Rebalancer(Placement.identity(4, 64, 72), TOPOLOGY)
+    assert "0 of 2 windows" in rebalancer.decide().reason
+    rebalancer.observe(np.zeros((4, 64), np.int64))
+    assert not rebalancer.windows
+    with pytest.raises(ValueError, match="expected .layers, experts. = .4, 64."):
+        rebalancer.observe(np.zeros((4, 63), np.int64))
+    with pytest.raises(ValueError, match="negative"):
+        rebalancer.observe(np.full((4, 64), -1))
+    for _ in range(2):
+        rebalancer.observe(np.full((4, 64), 9))
+    assert rebalancer.decide().plan is None or rebalancer.decide().predicted < rebalancer.decide().before
+
+
+def test_survives_rank_loss_at_every_step() -> None:
+    topology = Topology.of(4, 24)
+    windows = _windows("drift", 12, seed=1)[:, :, :10]
+    start = Placement(np.tile(np.concatenate([np.arange(10), np.arange(10), np.arange(4)]), (4, 1)), 10)
+    start = (
+        Placement(np.tile(np.arange(24) % 10, (4, 1)), 10)
+        if not start.survives_rank_loss(topology)
+        else start
+    )
+    rebalancer = Rebalancer(start, topology, Settings(survive_rank_loss=True, min_gain=0.001))
+    for window in windows:
+        rebalancer.observe(window)
+        decision = rebalancer.decide()
+        if decision.plan:
+            rebalancer.applied(decision.plan.new)
+            assert rebalancer.placement.survives_rank_loss(topology)
+
+
+def _answer(service: RebalanceService) -> Answer:
+    end = time.monotonic() + 30
+    while time.monotonic() < end:
+        answer = service.poll()
+        if answer is not None:
+            return answer
+        time.sleep(0.01)
+    raise AssertionError("no answer")
+
+
+@pytest.mark.multi_rank
+def test_service_answers_like_the_rebalancer_and_survives_crashes() -> None:
+    windows = _windows("steady", 5)
+    start = Placement.identity(4, 64, 72)
+    here = Rebalancer(start, TOPOLOGY)
+    service = RebalanceService(start, TOPOLOGY, max_restarts=1)
+    try:
+        for window in windows[:4]:
+            here.observe(window)
+            service.observe(window)
+        service.request()
+        assert service.state == "solving"
+        answer = _answer(service)
+        wanted = here.decide()
+        assert answer.decision is not None and answer.decision.plan is not None and wanted.plan is not None
+        assert answer.decision.plan.new == wanted.plan.new
+        assert service.state == "idle"
+        here.applied(wanted.plan.new)
+        service.applied(wanted.plan.new)
+
+        assert service.pid is not None
+        os.kill(service.pid, signal.SIGKILL)
+        time.sleep(0.1)
+        service.request()
+        answer = _answer(service)
+        assert answer.decision is None
+        assert "failed" in answer.error
+        # restarted with the last placement and the windows
+        here.observe(windows[4])
+        service.observe(windows[4])
+        service.request()
+        answer = _answer(service)
+        assert answer.decision == here.decide()
+        assert service.restarts == 1
+
+        assert service.pid is not None
+        os.kill(service.pid, signal.SIGKILL)
+        time.sleep(0.1)
+        service.request()
+        assert _answer(service).decision is None
+        assert service.state == "dead"
+        service.request()
+        assert "dead" in _answer(service).error
+    finally:
+        service.close()
+    assert service.state == "closed"
