@@ -93,7 +93,7 @@ def take_heads(
     Queries and keys are rotated, before that normed by the two weights [D] of `norms`.
     """
     kv_heads, size = key_cache.shape[2:]
-    heads = qkv.view(qkv.shape[0], -1, size)
+    heads = qkv.view(qkv.shape[0], qkv.shape[1] // size, size)
     q, keys, values = torch.split(heads, [heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads], dim=1)
     if norms is not None:
         q, keys = rms_norm(q, norms[0], eps), rms_norm(keys, norms[1], eps)

@@ -237,6 +237,15 @@ def test_c_kernels(family: str, tiny: Tiny, rank_pool: GetPool) -> None:
     check(tiny(family), [Case(kernels=True)], rank_pool, 1)
 
 
+@pytest.mark.multi_rank
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("family", ["deepseek_v3", "qwen3_moe"])
+def test_c_kernels_on_two_ranks(family: str, tiny: Tiny, rank_pool: GetPool) -> None:
+    layouts = [Case({"tp": 2}, kernels=True), Case({"tp": 2, "etp": 2}, kernels=True)]
+    idle = Case({"dp": 2}, kernels=True, replicas=(1, 1, 1, 1, 1))
+    check(tiny(family), [*layouts, idle], rank_pool, 2)
+
+
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", ["embedded", "qwen3_moe"])

@@ -1,0 +1,72 @@
+"""Looking up slots, and switching a layer to a new placement."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from moeserve.eplb.types import Placement, RoutingTable, Topology
+from moeserve.moe.expert_map import ExpertMap
+
+TOPOLOGY = Topology(num_ranks=2, slots_per_rank=3)
+OLD = Placement(np.array([[0, 1, 2, 3, 0, 0], [3, 2, 1, 0, 1, 2]]), 4, generation=4)
+NEW = Placement(np.array([[0, 1, 2, 3, 3, 3], [0, 1, 2, 3, 0, 1]]), 4, generation=5)
+
+
+def make() -> ExpertMap:
+    return ExpertMap(OLD, TOPOLOGY, source_rank=1, device="cpu")
+
+
+def all_valid(count: int) -> torch.Tensor:
+    return torch.ones(count, dtype=torch.bool)
+
+
+def test_slots_hold_the_expert_and_padding_has_none() -> None:
+    expert_map = make()
+    experts = torch.tensor([[0, 2], [1, 3], [3, 0]])
+    expert_map.begin_step(torch.tensor([True, True, False]))
+    for layer in range(2):
+        slots = expert_map.look_up(layer, experts)
+        assert slots[2].tolist() == [-1, -1]
+        assert torch.equal(torch.tensor(OLD.slot_to_expert[layer])[slots[:2]], experts[:2].int())
+
+
+def test_replicas_share_tokens_evenly_within_a_step_and_over_steps() -> None:
+    expert_map = make()
+    zeros = torch.zeros(60, 1, dtype=torch.int64)
+    expert_map.begin_step(all_valid(60))
+    assert Counter(expert_map.look_up(0, zeros).flatten().tolist()) == {0: 20, 4: 20, 5: 20}
+    seen: Counter[int] = Counter()
+    for _ in range(60):  # steps of one token
+        expert_map.begin_step(all_valid(1))
+        seen.update(expert_map.look_up(0, zeros[:1]).flatten().tolist())
+    assert seen == {0: 20, 4: 20, 5: 20}
+
+
+def test_local_experts() -> None:
+    assert make().local_experts(0) == [3, 0, 0]
+    assert make().local_experts(1) == [0, 1, 2]
+
+
+def test_switching_layer_by_layer() -> None:
+    expert_map = make()
+    table = RoutingTable.even(NEW, 1, TOPOLOGY)
+    experts = torch.tensor([[0], [1], [2], [3]])
+    expert_map.begin_step(all_valid(4))
+    before = expert_map.look_up(0, experts)
+    expert_map.switch_layer(1, NEW, table)
+    assert expert_map.generation == 4 and expert_map.digest not in (OLD.digest, NEW.digest)
+    assert torch.equal(expert_map.look_up(0, experts), before)
+    slots = expert_map.look_up(1, experts).flatten()
+    assert NEW.slot_to_expert[1][slots].tolist() == [0, 1, 2, 3]
+    expert_map.switch_layer(0, NEW, table)
+    assert (expert_map.generation, expert_map.digest) == (5, NEW.digest)
+    assert expert_map.local_experts(0) == [3, 3, 3]
+
+
+def test_a_placement_of_another_size_is_refused() -> None:
+    with pytest.raises(ValueError, match="6 slots"):
+        ExpertMap(OLD, Topology(num_ranks=2, slots_per_rank=4), 0, "cpu")

@@ -1,0 +1,29 @@
+"""The counters keep phases apart and padding out."""
+
+from __future__ import annotations
+
+import torch
+
+from moeserve.stats.expert_load import ExpertLoad
+
+
+def test_counts_by_layer_and_phase_without_padding() -> None:
+    load = ExpertLoad(num_layers=2, num_experts=4)
+    load.begin_step(torch.tensor([True, True, True, False]), torch.tensor([True, False, False, False]))
+    load.add(1, torch.tensor([[0, 3], [3, 2], [3, 0], [3, 1]]))
+    assert load.decode.tolist() == [[0] * 4, [1, 0, 0, 1]]
+    assert load.prefill.tolist() == [[0] * 4, [1, 0, 1, 2]]
+    load.begin_step(torch.tensor([True]), torch.tensor([True]))
+    load.add(1, torch.tensor([[3, 0]]))
+    load.add(0, torch.tensor([[1, 2]]))
+    assert load.decode.tolist() == [[0, 1, 1, 0], [2, 0, 0, 2]]
+    load.reset()
+    assert not load.decode.any() and not load.prefill.any()
+
+
+def test_no_tokens() -> None:
+    load = ExpertLoad(num_layers=1, num_experts=4)
+    nothing = torch.zeros(0, dtype=torch.bool)
+    load.begin_step(nothing, nothing)
+    load.add(0, torch.zeros(0, 2, dtype=torch.int64))
+    assert not load.prefill.any()
