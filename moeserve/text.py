@@ -83,7 +83,7 @@ class Tokenizer:
         if not text.isascii():
             text.encode()  # the library would raise TypeError
         # Of the library's calls only the one for batches gives up the interpreter's lock.
-        ids: list[int] = self.backend.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids
+        ids: list[int] = self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
         return ids
 
     def fewest_tokens(self, text: str) -> int:
