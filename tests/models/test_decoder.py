@@ -285,8 +285,15 @@ def test_moe_on_two_ranks(family: str, tiny: Tiny, rank_pool: GetPool) -> None:
     check(tiny(family), TWO_RANKS, rank_pool, 2)
 
 
+SLOW = [
+    pytest.param(family, marks=pytest.mark.slow)
+    for family in (*MOE_FAMILIES, "embedded")
+    if family != "deepseek_v3"
+]
+
+
 @pytest.mark.multi_rank
-@pytest.mark.parametrize("family", [*MOE_FAMILIES, "embedded"])
+@pytest.mark.parametrize("family", ["deepseek_v3", *SLOW])
 def test_moe_on_four_ranks(family: str, tiny: Tiny, rank_pool: GetPool) -> None:
     check(tiny(family), FOUR_RANKS, rank_pool, 4)
 
