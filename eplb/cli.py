@@ -12,12 +12,25 @@ import traceback
 from collections.abc import Callable, Sequence
 
 from moeserve import __version__
-from moeserve.eplb.commands import solve
+from moeserve.eplb.commands import convert, replay, report, simulate, solve, sweep
 
 _COMMANDS: dict[
     str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], None], str]
 ] = {
     "solve": (solve.arguments, solve.run, "place the experts of a file of expert load (the default command)"),
+    "report": (report.arguments, report.run, "imbalance by layer and rank of placements, moves between them"),
+    "sweep": (
+        sweep.arguments,
+        sweep.run,
+        "what-if over ranks and redundant slots, and where the gain flattens",
+    ),
+    "convert": (
+        convert.arguments,
+        convert.run,
+        "rewrite a load or placement file in another engine's format",
+    ),
+    "replay": (replay.arguments, replay.run, "drive the online balancer over the windows in order"),
+    "simulate": (simulate.arguments, simulate.run, "step time and tokens/s of placements on known hardware"),
 }
 
 

@@ -17,16 +17,40 @@ STATIC_SWEEPS = 60
 STEP_SWEEPS = 12
 LOCAL_SWEEPS = 3
 _OMEGA = 1.5
+_WAYS = (1.0, 0.75, 0.5, 0.25, 0.0)  # from even parts to those of the mean
 
 
 def static_shares(placement: Placement, load: npt.ArrayLike, topology: Topology) -> Floats:
-    """Shares [L, P] that even out the mean of load [L, E] or windows [W, L, E]; experts without load share evenly."""
+    """Shares [L, P] for load [L, E] or windows [W, L, E]; experts without load share evenly.
+
+    Those that even out the mean, or as much of the way there from even parts as does best over the windows: where
+    windows scatter much, what is best for their mean can be worse than an even split.
+    """
     windows = np.asarray(load, np.float64)
-    if windows.ndim == 3:
-        windows = windows.sum(axis=0)
-    shares, _ = step_shares(placement, windows[None], topology, STATIC_SWEEPS)
-    # to the grain of the digest, the remainder on the first replica
-    return _whole(placement, np.round(shares[0], 6))
+    if windows.ndim == 2:
+        windows = windows[None]
+    placement.check(topology)
+    total = windows.sum(axis=2, keepdims=True)
+    windows = windows / np.where(total > 0, total, 1.0)
+    shares, _ = step_shares(placement, windows.mean(axis=0)[None], topology, STATIC_SWEEPS)
+    even = 1.0 / np.take_along_axis(placement.replica_count, placement.slot_to_expert, axis=1)
+    part = np.ones(placement.num_layers)
+    if len(windows) > 1:
+        from_even, from_mean = (_ranks_of(placement, windows, share, topology) for share in (even, shares[0]))
+        scores = [(from_even + (from_mean - from_even) * way).max(axis=2).mean(axis=0) for way in _WAYS]
+        part = np.array(_WAYS)[np.argmin(np.round(scores, 9), axis=0)]
+    blended = even + (shares[0] - even) * part[:, None]
+    return _whole(placement, np.round(blended, 6))  # to the grain of the digest
+
+
+def _ranks_of(placement: Placement, windows: Floats, share: Floats, topology: Topology) -> Floats:
+    """[W, L, G] rank loads under the given shares [L, P]."""
+    kernel, rank_of = kernels(), rank_of_slot(topology)
+    ranks = np.empty((len(windows), placement.num_layers, topology.num_ranks))
+    for layer, slots in enumerate(placement.slot_to_expert):
+        parts = np.tile(share[layer], (len(windows), 1))
+        ranks[:, layer], _ = kernel.fill(windows[:, layer], slots, rank_of, parts, None, 0, _OMEGA)
+    return ranks
 
 
 def step_shares(

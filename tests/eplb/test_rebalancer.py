@@ -138,6 +138,8 @@ def test_service_answers_like_the_rebalancer_and_survives_crashes() -> None:
         assert service.state == "idle"
         here.applied(wanted.plan.new)
         service.applied(wanted.plan.new)
+        service.request()
+        assert _answer(service).decision == here.decide()
 
         assert service.pid is not None
         os.kill(service.pid, signal.SIGKILL)

@@ -1,0 +1,76 @@
+"""eplb-offline convert: a load or placement file in another format."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from moeserve.eplb.formats.detect import read_load
+from moeserve.eplb.formats.files import named, read_bytes, write_text
+from moeserve.eplb.formats.placements import FORMATS, Known, format_as, read_any_placement
+from moeserve.eplb.formats.stats import write_stats
+
+_STATS = {"stats.json": ".json", "stats.json.gz": ".gz", "stats.npz": ".npz"}
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "file", metavar="FILE", help="file or folder of expert load, or a placement, of any engine"
+    )
+    parser.add_argument(
+        "--to", required=True, choices=(*FORMATS, *_STATS), metavar="FORMAT",
+        help=f"placement: {', '.join(FORMATS)}; expert load: {', '.join(_STATS)}",
+    )  # fmt: skip
+    parser.add_argument("-o", "--output", required=True, metavar="OUT")
+    parser.add_argument("--ep-size", type=int, metavar="N", help="ranks, where the file does not say")
+    parser.add_argument("--num-experts", type=int, metavar="N", help="experts, where the file does not say")
+    parser.add_argument(
+        "--layers", type=_layers, metavar="A-B", help="ids of the MoE layers, where the file does not say"
+    )
+    parser.add_argument("--ranks-per-node", type=int, default=0, metavar="N")
+    parser.add_argument("--num-hidden-layers", type=int, metavar="N", help="of the model, for sglang")
+    parser.add_argument("--layer-updates-per-iter", type=int, default=0, metavar="N", help="for trtllm")
+    parser.add_argument(
+        "--raw-shape", type=_shape, metavar="L,K", help="layers and top_k of raw int32 expert ids"
+    )
+
+
+def _layers(text: str) -> list[int]:
+    try:
+        found: list[int] = []
+        for part in text.split(","):
+            first, _, last = part.partition("-")
+            found += range(int(first), int(last or first) + 1)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: give ids as 3-60 or 0,2,4") from None
+    if found != sorted(set(found)) or not found or found[0] < 0 or len(found) > 100_000:
+        raise argparse.ArgumentTypeError(f"{text!r}: give ascending layer ids")
+    return found
+
+
+def _shape(text: str) -> tuple[int, int]:
+    parts = text.split(",")
+    if len(parts) != 2 or not all(part.strip().isdigit() for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r}: give layers,top_k")
+    return int(parts[0]), int(parts[1])
+
+
+def run(options: argparse.Namespace) -> None:
+    output = Path(options.output)
+    if options.to in _STATS:
+        if output.suffix != _STATS[options.to]:
+            raise ValueError(f"-o {output}: a {options.to} file ends in {_STATS[options.to]}")
+        write_stats(output, read_load(options.file, options.raw_shape))
+        return
+    for name in ("ep_size", "num_experts"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: give 1 or more")
+    known = Known(options.ep_size, options.num_experts, options.layers, options.ranks_per_node)
+    file = read_any_placement(options.file, known)
+    text = format_as(
+        file, options.to, num_hidden_layers=options.num_hidden_layers,
+        layer_updates_per_iter=options.layer_updates_per_iter,
+    )  # fmt: skip
+    write_text(output, text)
+    named(output, lambda: read_bytes(output))

@@ -1,0 +1,146 @@
+"""eplb-offline report: what given placements do to recorded loads, and what lies between them."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from moeserve.eplb.commands.common import (
+    colours,
+    in_force,
+    load_of,
+    publish,
+    report_arguments,
+    stats_argument,
+    topology_arguments,
+    topology_of,
+)
+from moeserve.eplb.formats.placements import Known, read_any_placement
+from moeserve.eplb.html import placements_page
+from moeserve.eplb.metrics import FORMULA, balance, rank_load
+from moeserve.eplb.migration import plan_migration, traffic
+from moeserve.eplb.report import layer_table, rank_table
+from moeserve.eplb.table import render, size
+from moeserve.eplb.types import Placement, Topology
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    stats_argument(parser)
+    parser.add_argument(
+        "--placement",
+        action="append",
+        default=[],
+        metavar="P",
+        help="placement file of any engine; may be repeated",
+    )
+    topology_arguments(parser)
+    parser.add_argument(
+        "--expert-bytes", type=int, default=0, metavar="N", help="weights of one expert, for bytes moved"
+    )
+    report_arguments(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    load = load_of(options)
+    known = Known(
+        options.ep_size or load.ep_size or None, load.num_experts, load.layers, options.ranks_per_node or 0
+    )
+    files = {}
+    for path in options.placement:
+        file = read_any_placement(path, known)
+        if file.placement.num_layers != load.num_layers or file.placement.num_experts != load.num_experts:
+            raise ValueError(
+                f"{path}: {file.placement.num_layers} layers of {file.placement.num_experts} experts, the load has "
+                f"{load.num_layers} of {load.num_experts}"
+            )
+        files[str(path)] = file
+    if files:
+        first = next(iter(files.values()))
+        if options.ep_size is None:
+            options.ep_size = first.ep_size
+        if options.num_slots is None and options.redundant is None:
+            options.num_slots = first.placement.num_slots
+        if options.ranks_per_node is None and first.ranks_per_node:
+            options.ranks_per_node = first.ranks_per_node
+    topology = topology_of(options, load)
+    standing, name = in_force(load, topology)
+    placements = {name: standing}
+    for path, file in files.items():
+        if file.placement.num_slots != topology.num_slots:
+            raise ValueError(
+                f"{path}: {file.placement.num_slots} slots, the others have {topology.num_slots}"
+            )
+        placements[path] = file.placement
+    if options.quiet:
+        return
+    colour = colours(sys.stdout)
+    migrations = [
+        _migration(a, b, placements, topology, options.expert_bytes) for a, b in pairwise(placements)
+    ]
+    document = {
+        "formula": FORMULA,
+        "layers": list(load.layers),
+        "placements": {
+            key: {
+                "by_layer": np.round(found.by_layer, 6).tolist(),
+                "mean": found.mean,
+                "worst": found.worst,
+                "peak": found.peak,
+                "by_rank": np.round(rank_load(load.load.sum(axis=0), p, topology).sum(axis=0), 3).tolist(),
+            }
+            for key, p in placements.items()
+            for found in (balance(load.load, p, topology),)
+        },
+        "migrations": migrations,
+    }
+    parts = [
+        f"imbalance by layer ({FORMULA}):",
+        layer_table(load, topology, placements, colour),
+        "",
+        "load of each rank / mean rank load, all layers and windows:",
+        rank_table(load, topology, placements, colour),
+    ]
+    if migrations:
+        head = ["from", "to", "slots written", "local", "intra-node", "inter-node", "most a rank receives"]
+        parts += [
+            "",
+            "moves between placements:",
+            render(head, [_row(m, options.expert_bytes) for m in migrations], left=2),
+        ]
+    publish(
+        options.report, "\n".join(parts), document, placements_page(load, topology, placements), sys.stdout
+    )
+
+
+def _migration(
+    a: str, b: str, placements: dict[str, Placement], topology: Topology, expert_bytes: int
+) -> dict[str, Any]:
+    plan = plan_migration(placements[a], placements[b], topology)
+    found = traffic(plan, topology)
+    return {
+        "from": a,
+        "to": b,
+        "slots_written": plan.num_moves,
+        "local": found.local,
+        "intra_node": found.intra_node,
+        "inter_node": found.inter_node,
+        "most_received": found.most_received,
+        "bytes": found.bytes_by_link(expert_bytes) if expert_bytes else None,
+    }
+
+
+def _row(found: dict[str, Any], expert_bytes: int) -> list[str]:
+    def amount(key: str) -> str:
+        number = int(found[key])
+        return f"{number} ({size(number * expert_bytes)})" if expert_bytes else str(number)
+
+    return [
+        found["from"],
+        found["to"],
+        str(found["slots_written"]),
+        *map(amount, ("local", "intra_node", "inter_node", "most_received")),
+    ]
