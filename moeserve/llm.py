@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import sys
 import threading
 from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -57,7 +58,14 @@ class LLM:
         self._frontend = self._call(self._start())
 
     async def _start(self) -> Frontend:
-        engine = running_engine(self.plan, self.tokenizer, server_settings(self.plan))
+        # A list of prompts is no crowd of clients: all of them are taken, and take what time they need.
+        settings = replace(
+            server_settings(self.plan),
+            max_queued_requests=sys.maxsize,
+            max_queued_tokens=None,
+            request_timeout=None,
+        )
+        engine = running_engine(self.plan, self.tokenizer, settings)
         frontend = await self._exit.enter_async_context(engine)
         await until_ready(frontend)
         if frontend.dead.is_set():

@@ -6,6 +6,7 @@ Knows no tensor and no rank. First come, first served: nothing overtakes, so not
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
 from collections.abc import Collection
 from collections.abc import Sequence as Listing
@@ -310,6 +311,7 @@ class Scheduler:
         self._running.append(sequence)
         if sequence.cached_tokens is None:
             sequence.cached_tokens = sequence.num_computed
+            sequence.queue_seconds = time.monotonic() - sequence.arrived
             self._cached_tokens += sequence.num_computed
             self._prompt_tokens += sequence.num_prompt
 
@@ -358,6 +360,8 @@ class Scheduler:
             if params.logprobs is not None:
                 assert result.logprob is not None
                 output.logprobs = [result.logprob]
+        if sequence.num_output <= 1:
+            output.queue_seconds = sequence.queue_seconds
         if params.prompt_logprobs is not None and sequence.num_output <= 1:
             output.prompt_logprobs = [None, *sequence.prompt_logprobs]
         if output.finish_reason is not None:

@@ -5,6 +5,7 @@ Data only: what happens to it is the scheduler's and the sampler's matter.
 
 from __future__ import annotations
 
+import time
 from array import array
 from dataclasses import dataclass, field
 from enum import Enum
@@ -37,6 +38,8 @@ class Sequence:
     tokens: array[int]  # int64, prompt then output
     num_prompt: int
     arrival: int  # order of arrival, never reused
+    arrived: float = field(default_factory=time.monotonic)  # told to the user, never decides anything
+    queue_seconds: float = 0.0  # from there to the first admission
     state: State = State.WAITING
     pages: array[int] = field(default_factory=lambda: array("i"))
     page_keys: list[bytes] = field(default_factory=list)  # of full pages, as far as ever needed

@@ -3,6 +3,7 @@ through the page table, so that a wrong page, slot, chunk or restart changes the
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -154,7 +155,7 @@ class Toy:
     def check_text(self, request: AddRequest) -> None:
         got = self.got[request.request_id]
         want = expected(request, self.scheduler.max_seq_len)
-        want.cached_tokens = got.cached_tokens
+        want.cached_tokens, want.queue_seconds = got.cached_tokens, got.queue_seconds
         assert got == want
 
 
@@ -459,6 +460,20 @@ def test_hold_lets_decodes_go_and_keeps_prompts_waiting() -> None:
     for _ in range(3):
         assert [c.sequence.request_id for c in run.step(hold_prefill=True).chunks] == ["a"]
     assert [c.sequence.request_id for c in run.step().chunks] == ["a", "b"]
+
+
+def test_the_time_in_the_queue_is_told_with_the_first_output() -> None:
+    scheduler = Scheduler(PagePool(8, 4), 1, 8, 32)
+    for name in "ab":
+        scheduler.add(AddRequest(name, [1, 2], SamplingParams(max_tokens=2, ignore_eos=True)))
+    seconds: dict[str, list[float]] = {"a": [], "b": []}
+    while scheduler.has_work:
+        time.sleep(0.001)
+        batch = scheduler.next_batch()
+        for output in scheduler.finish(batch, [StepResult(1) for _ in batch.chunks], None):
+            seconds[output.request_id].append(output.queue_seconds)
+    assert 0.0 < seconds["a"][0] < seconds["b"][0]  # one place: b waited for both steps of a
+    assert seconds["a"][1] == seconds["b"][1] == 0.0
 
 
 def test_an_empty_step_makes_an_empty_batch_with_padding() -> None:
