@@ -48,7 +48,7 @@ class EnginePlan:
 
     @property
     def model_name(self) -> str:
-        return self.config.served_model_name or Path(self.config.model).resolve().name
+        return model_name(self.config)
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -87,12 +87,18 @@ class EnginePlan:
         return tokens // page * page
 
 
+def model_name(config: EngineConfig) -> str:
+    """What the model is called in the API and in the balancer's files."""
+    return config.served_model_name or Path(config.model).resolve().name
+
+
 def make_plan(config: EngineConfig) -> EnginePlan:
     """Everything settled for `config`. Raises ValueError naming the setting, its value and what would do."""
     spec = read_spec(Path(config.model))
     layout = plan_layout(config, spec)
     device = plan_device(config, layout)
-    num_slots, placement = plan_placement(config.moe_config.load_balancer, spec, layout)
+    balancer = config.moe_config.load_balancer
+    num_slots, placement = plan_placement(balancer, spec, layout, model_name(config))
     max_seq_len = config.max_seq_len or spec.max_positions
     if max_seq_len > spec.max_positions:
         raise ValueError(
@@ -212,7 +218,7 @@ def plan_all_to_all(config: EngineConfig, layout: ParallelLayout) -> str:
 
 
 def plan_placement(
-    balancer: LoadBalancerConfig, spec: ModelSpec, layout: ParallelLayout
+    balancer: LoadBalancerConfig, spec: ModelSpec, layout: ParallelLayout, model_name: str
 ) -> tuple[int | None, Placement | None]:
     """Slots over all ranks and the expert in each; slots default to the experts, rounded up to a multiple of ep."""
     prefix = "moe_config.load_balancer"
@@ -228,7 +234,7 @@ def plan_placement(
     if balancer.placement is not None and balancer.initial_global_assignments is not None:
         raise ValueError(f"{prefix}: give placement or initial_global_assignments, not both")
     experts, ep = spec.moe.num_experts, layout.ep
-    placement = _given_placement(balancer, spec)
+    placement = _given_placement(balancer, spec, ep, model_name)
     num_slots = balancer.num_slots
     if num_slots is None:
         num_slots = placement.num_slots if placement is not None else -(-experts // ep) * ep
@@ -246,10 +252,18 @@ def plan_placement(
     return num_slots, placement
 
 
-def _given_placement(balancer: LoadBalancerConfig, spec: ModelSpec) -> Placement | None:
+def _given_placement(
+    balancer: LoadBalancerConfig, spec: ModelSpec, ep: int, model_name: str
+) -> Placement | None:
     assert spec.moe is not None
     if balancer.placement is not None:
-        return read_placement(Path(balancer.placement))
+        return read_placement(
+            balancer.placement,
+            ep_size=ep,
+            num_experts=spec.moe.num_experts,
+            layers=spec.moe_layers,
+            model=model_name,
+        ).placement
     assignments = balancer.initial_global_assignments
     if assignments is None:
         return None

@@ -51,7 +51,7 @@ class Agreed:
     @property
     def quiet(self) -> bool:
         """Nobody has anything to do: the ranks may sleep until a message comes."""
-        return self.idle and not any(state.waiting_prefill for state in self.replicas)
+        return self.idle and not any(state.waiting_prefill or state.queued for state in self.replicas)
 
     @property
     def leaving(self) -> bool:
@@ -75,6 +75,8 @@ class Lockstep:
         return [decode_to_rank(message) for message in messages]
 
     def agree(self, mine: ReplicaState) -> Agreed:
+        if self.mesh.dp.size == 1:
+            return Agreed((mine,), (mine.rows,) * self.mesh.tp.size)
         rows = self.mesh.dp.all_gather_ints([int(value) for value in astuple(mine)])
         states = tuple(ReplicaState(row[0], *map(bool, row[1:])) for row in rows)
         return Agreed(states, tuple(state.rows for state in states for _ in range(self.mesh.tp.size)))

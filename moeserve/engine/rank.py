@@ -93,16 +93,19 @@ class Rank:
             self.leaving = True
 
     def next_batch(self) -> ScheduledBatch:
+        if self.runner.mesh.dp.size == 1:
+            return self.scheduler.next_batch()
         hold, self.gate = self.gate.decide(
             self.agreed, self.scheduler.prefill_ready, self.scheduler.prefill_fills_step
         )
         return self.scheduler.next_batch(hold_prefill=hold)
 
     def state(self, batch: ScheduledBatch) -> ReplicaState:
-        tp = self.runner.mesh.tp.size
+        mesh = self.runner.mesh
+        prefills = len(batch.chunks) > batch.num_decode
         return ReplicaState(
-            rows=-(-batch.num_tokens // tp),
-            waiting_prefill=self.scheduler.prefill_ready or len(batch.chunks) > batch.num_decode,
+            rows=-(-batch.num_tokens // mesh.tp.size),
+            waiting_prefill=prefills or (mesh.dp.size > 1 and self.scheduler.prefill_ready),
             queued=self.scheduler.has_queue,
             decoding=batch.num_decode > 0,
             leaving=self.leaving,
@@ -135,7 +138,7 @@ class SocketMail:
     """A rank's letter box at the front-end's ROUTER socket."""
 
     def __init__(self, address: str, rank: int):
-        self.socket = zmq.Context.instance().socket(zmq.DEALER)
+        self.socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
         self.socket.setsockopt(zmq.IDENTITY, str(rank).encode())
         self.socket.setsockopt(zmq.LINGER, 1000)
         self.socket.set_hwm(0)
