@@ -95,7 +95,6 @@ class Decoder:
             raise ValueError(f"max_seq_len = {positions}: the model goes to {spec.max_positions}")
         self.cos_sin = cos_sin_table(spec.rope, positions, device)
 
-    @torch.inference_mode()
     def forward(self, batch: ForwardBatch, kv_cache: Sequence[Tensor]) -> ForwardResult:
         """Run one step. kv_cache: one cache a layer (`new_kv_cache`), written at batch.kv_slots.
 

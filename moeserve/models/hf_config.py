@@ -114,8 +114,8 @@ def read_rope(config: HfConfig, dim: int, interleaved: bool = False) -> RopeSpec
         original,
         beta_fast=table.number("beta_fast", 32.0),
         beta_slow=table.number("beta_slow", 1.0),
-        mscale=float(table.fields.get("mscale") or 0.0),
-        mscale_all_dim=float(table.fields.get("mscale_all_dim") or 0.0),
+        mscale=table.number("mscale") if table.fields.get("mscale") else 0.0,
+        mscale_all_dim=table.number("mscale_all_dim") if table.fields.get("mscale_all_dim") else 0.0,
         attention_factor=table.number("attention_factor") if table.has("attention_factor") else None,
         truncate=table.flag("truncate", True),
     )

@@ -94,4 +94,4 @@ def all_logits(model: Decoder, tokens: Tensor) -> Tensor:
         logit_rows=places,
         rows_per_rank=(count,),
     )
-    return model.forward(batch, model.new_kv_cache(1, count)).logits.clone()
+    return model.forward(batch, model.new_kv_cache(1, count)).logits

@@ -150,6 +150,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         LLAMA | {"rope_scaling": YARN | {"rope_type": "llama3", "low_freq_factor": 4, "high_freq_factor": 1}},
         "high_freq_factor = 1: must be above low_freq_factor = 4",
     ),
+    (LLAMA | {"rope_scaling": YARN | {"mscale": "1"}}, "rope_scaling: mscale = '1': must be a number"),
     (LLAMA | {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5: only 1.0"),
     (LLAMA | {"head_dim": 7}, "rotary dimension 7 is odd"),
     (LLAMA | {"quantization_config": {"quant_method": "awq"}}, "quant_method = 'awq'.*only fp8"),
