@@ -113,7 +113,8 @@ class Decoder:
         logits = self.head(tp.all_gather(normed)[batch.logit_rows])
         if not chosen:
             return ForwardResult(logits)
-        return ForwardResult(logits, tp.all_gather(torch.stack(chosen, dim=1).to(torch.int16)))
+        experts = tp.all_gather(torch.stack(chosen, dim=1).int())  # NCCL knows no int16
+        return ForwardResult(logits, experts.to(torch.int16))
 
     def _begin_step(self, rows: StepRows) -> None:
         if self.expert_map is not None:
