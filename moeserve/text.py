@@ -54,8 +54,7 @@ class Tokenizer:
         config = _read_json(directory / "config.json")
         generation = _read_json(directory / "generation_config.json")
         settings = _read_json(directory / "tokenizer_config.json")
-        self.size = int(self.backend.get_vocab_size(with_added_tokens=True))
-        self.vocab_size = vocab_size or int(config.get("vocab_size", self.size))
+        self.vocab_size = vocab_size or int(config.get("vocab_size", self.backend.get_vocab_size()))
         vocabulary = self.backend.get_vocab(with_added_tokens=True)
         self.longest_token = max(map(len, vocabulary), default=1)  # characters
         largest = max(vocabulary.values(), default=-1)
@@ -122,18 +121,12 @@ class Tokenizer:
         except Exception as error:  # the template is a program of the model's, its errors are of any kind
             raise ValueError(f"messages: the model's chat template refuses them: {error}") from None
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        return self.encode(self.render_chat(messages), add_special_tokens=False)
-
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that the token stands for; alone they need not be valid UTF-8."""
         known = self._bytes.get(token_id)
         if known is None:
             known = self._bytes[token_id] = self._find_bytes(token_id)
         return known
-
-    def token_text(self, token_id: int) -> str:
-        return self.token_bytes(token_id).decode("utf-8", "replace")
 
     def _find_bytes(self, token_id: int) -> bytes:
         piece = self.backend.id_to_token(token_id)

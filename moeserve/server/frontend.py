@@ -25,7 +25,6 @@ from moeserve.messages import (
     RankReady,
     SamplingParams,
     SequenceOutput,
-    Shutdown,
     StepDone,
     ToRank,
     Wake,
@@ -76,8 +75,6 @@ class Frontend:
         self._ready: set[int] = set()
         self._last_heard: dict[int, float] = {}
         self._stats: dict[int, EngineStats] = {}  # by replica
-
-    # ------------------------------------------------------------------ for the HTTP side
 
     def submit(
         self, prompts: Sequence[list[int]], params: SamplingParams, *, n: int = 1, stop: Sequence[str] = ()
@@ -177,8 +174,6 @@ class Frontend:
             return False, "degraded", f"no word for more than {limit:g} s from ranks {silent}"
         return True, "ready", ""
 
-    # ------------------------------------------------------------------ the two loops
-
     async def run(self) -> None:
         """Carries messages both ways until the engine is dead or this is cancelled."""
         sender = asyncio.create_task(self._send_all(), name="frontend-sender")
@@ -193,11 +188,6 @@ class Frontend:
             self.die(f"the link to the ranks broke: {error!r}")
         finally:
             sender.cancel()
-
-    async def shut_down_ranks(self) -> None:
-        """Tells every replica to leave; after the last request, with run() still going or not."""
-        for replica in range(self._link.num_replicas):
-            await self._link.send(replica, Shutdown())
 
     def handle(self, replica: int, message: FromRank) -> None:
         """One message of a rank of that replica."""
@@ -224,8 +214,6 @@ class Frontend:
         self.dead.set()
         for generation in list(self._generations):
             self._fail(generation, engine_dead(500), tell=False)
-
-    # ------------------------------------------------------------------ inside
 
     def _advance(self, sequence: RunningSequence, output: SequenceOutput, now: float) -> None:
         metrics = self.metrics
