@@ -9,9 +9,9 @@ import asyncio
 import contextlib
 import logging
 import os
+import re
 import shutil
 import signal
-import socket
 import tempfile
 import time
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ from multiprocessing.process import BaseProcess
 import zmq
 import zmq.asyncio
 
-from moeserve.comm.spawn import start_process
+from moeserve.comm.spawn import free_port, start_process
 from moeserve.engine.rank import rank_main
 from moeserve.messages import FromRank, RankFailed, RankReady, Shutdown, ToRank, decode_from_rank, encode
 from moeserve.plan import EnginePlan
@@ -46,31 +46,26 @@ class RankPlace:
 def place_from_environment(environment: Mapping[str, str]) -> RankPlace | None:
     """The rank that torchrun or Slurm made of this process, or None when neither did.
 
-    The ports next to MASTER_PORT serve the rendezvous and the mail: torchrun holds MASTER_PORT itself.
+    They meet at MASTER_PORT, where torchrun's own store answers; the mail has the port after it.
     Raises ValueError naming the variable that is missing or no number.
     """
-    names = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE")
-    if "RANK" not in environment:
-        if int(environment.get("SLURM_NTASKS", "1")) <= 1 or "SLURM_PROCID" not in environment:
-            return None
-        names = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE", "SLURM_NTASKS")
-    wanted = (*names, "MASTER_PORT")
-    for name in wanted:
-        if not environment.get(name, "").isdigit():
+    if "RANK" in environment:
+        names = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE")
+    elif "SLURM_PROCID" in environment and environment.get("SLURM_NTASKS", "1") != "1":
+        names = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE", "SLURM_NTASKS")
+    else:
+        return None
+    numbers = []
+    for name in (*names, "MASTER_PORT"):
+        digits = re.match(r"\d+", environment.get(name, ""))  # Slurm writes "4(x2)" for 4 tasks on each of 2 nodes
+        if digits is None:
             raise ValueError(f"{name} = {environment.get(name)!r}: the launcher must set it to a number")
-    rank, local_rank, local_size, world_size, port = (int(environment[name]) for name in wanted)
+        numbers.append(int(digits.group()))
+    rank, local_rank, local_size, world_size, port = numbers
     address = environment.get("MASTER_ADDR")
     if not address:
         raise ValueError("MASTER_ADDR is not set: the launcher must set it to the host of rank 0")
-    return RankPlace(
-        rank, local_rank, local_size, world_size, (address, port + 1), f"tcp://{address}:{port + 2}"
-    )
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    return RankPlace(rank, local_rank, local_size, world_size, (address, port), f"tcp://{address}:{port + 1}")
 
 
 @dataclass
