@@ -44,6 +44,8 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
 
 def serve(flags: argparse.Namespace) -> int:
     """Start the ranks, or be one when a launcher started this process, and answer HTTP."""
+    import uvloop
+
     from moeserve.config import read_config
     from moeserve.launch import place_from_environment, run_rank_here
     from moeserve.plan import check_local_ranks, describe, make_plan
@@ -67,7 +69,7 @@ def serve(flags: argparse.Namespace) -> int:
         logging.warning(
             "host = %s: anyone who reaches this machine may use the API; set api_key", config.host
         )
-    return asyncio.run(serve_http(plan, tokenizer, listener, place))
+    return uvloop.run(serve_http(plan, tokenizer, listener, place))
 
 
 def add_generate(parser: argparse.ArgumentParser) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import logging
 import os
 import re
@@ -57,7 +58,9 @@ def place_from_environment(environment: Mapping[str, str]) -> RankPlace | None:
         return None
     numbers = []
     for name in (*names, "MASTER_PORT"):
-        digits = re.match(r"\d+", environment.get(name, ""))  # Slurm writes "4(x2)" for 4 tasks on each of 2 nodes
+        digits = re.match(
+            r"\d+", environment.get(name, "")
+        )  # Slurm writes "4(x2)" for 4 tasks on each of 2 nodes
         if digits is None:
             raise ValueError(f"{name} = {environment.get(name)!r}: the launcher must set it to a number")
         numbers.append(int(digits.group()))
@@ -187,7 +190,9 @@ class RankSet:
 
 
 def run_rank_here(plan: EnginePlan, place: RankPlace) -> int:
-    """Be a rank that a launcher started; the exit code."""
+    """Be a rank that a launcher started, until the front-end or the launcher's own end stops it; the exit code."""
+    set_parent_death_signal = 1
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL, 0, 0, 0)
     log.info("rank=%d host=%s waits for rank 0 at %s", place.rank, os.uname().nodename, place.store[0])
     rank_main(plan, place)
     return 0

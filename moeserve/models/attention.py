@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from moeserve.engine.batch import ForwardBatch
+from moeserve.forward_batch import ForwardBatch
 from moeserve.layers.context import LayerContext, Piece, share
 from moeserve.layers.linear import ColumnLinear, RowLinear, Rows
 from moeserve.layers.norm import RmsNorm

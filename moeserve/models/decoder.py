@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moeserve.comm.all_to_all.protocol import TokenDispatcher
 from moeserve.comm.mesh import Mesh
-from moeserve.engine.batch import ForwardBatch
+from moeserve.forward_batch import ForwardBatch
 from moeserve.layers.context import LayerContext, Piece
 from moeserve.layers.embedding import Embedding, Head, VocabMatrix
 from moeserve.layers.norm import RmsNorm

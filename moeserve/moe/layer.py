@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moeserve.comm.all_to_all.protocol import TokenDispatcher
-from moeserve.engine.batch import ForwardBatch
+from moeserve.forward_batch import ForwardBatch
 from moeserve.layers.context import LayerContext, Piece
 from moeserve.models.mlp import ReplicatedMlp
 from moeserve.models.spec import MoeMlp

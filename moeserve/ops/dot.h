@@ -35,7 +35,10 @@ INLINE void FN(dot_tile)(const int rows, const elem *const *a, const elem *const
     long i = 0;
     for (; i + STEP <= k; i += STEP) {
         FN(chunk) weight[TILE_COLUMNS];
-        for (int c = 0; c < TILE_COLUMNS; c++) weight[c] = FN(load_chunk)(column[c] + i);
+        for (int c = 0; c < TILE_COLUMNS; c++) {
+            weight[c] = FN(load_chunk)(column[c] + i);
+            __builtin_prefetch(column[0] + AHEAD * k + TILE_COLUMNS * i + c * STEP, 0, HINT);
+        }
 #pragma GCC unroll 6
         for (int r = 0; r < rows; r++) {
             FN(chunk) value = FN(load_chunk)(row[r] + i);

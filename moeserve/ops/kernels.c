@@ -1,4 +1,4 @@
-/* CPU forms of moeserve's ops, compiled on the machine where they run (see native.py); no Python, no OpenMP.
+/* CPU forms of moeserve's ops, compiled on the machine where they run (see build.py); no Python, no OpenMP.
  *
  * Each header holds ops written once and included for float32 and for bfloat16; sums run in float32 in both.
  * A row's result does not depend on the other rows of the call nor on the number of threads.

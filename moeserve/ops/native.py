@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from moeserve.engine.batch import ForwardBatch
+from moeserve.forward_batch import ForwardBatch
 from moeserve.ops import build, reference, table
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moeserve.engine.batch import ForwardBatch
+from moeserve.forward_batch import ForwardBatch
 
 if TYPE_CHECKING:
     from moeserve.models.spec import Routing

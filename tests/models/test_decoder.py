@@ -17,8 +17,8 @@ from moeserve.comm.all_to_all import make_dispatcher
 from moeserve.comm.layout import ParallelLayout
 from moeserve.comm.mesh import Mesh
 from moeserve.comm.spawn import RankPool
-from moeserve.engine.batch import ForwardBatch
 from moeserve.eplb.types import Placement, Topology
+from moeserve.forward_batch import ForwardBatch
 from moeserve.models.checkpoint import load
 from moeserve.models.decoder import Decoder
 from moeserve.models.registry import read_spec

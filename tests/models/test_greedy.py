@@ -15,8 +15,8 @@ from torch import Tensor
 import moeserve
 from moeserve.comm.layout import ParallelLayout
 from moeserve.comm.mesh import Mesh
-from moeserve.engine.batch import ForwardBatch
 from moeserve.eplb.types import Placement, Topology
+from moeserve.forward_batch import ForwardBatch
 from moeserve.models.checkpoint import load
 from moeserve.models.decoder import Decoder
 from moeserve.models.registry import read_spec

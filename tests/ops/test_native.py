@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moeserve.engine.batch import ForwardBatch
+from moeserve.forward_batch import ForwardBatch
 from moeserve.models.spec import Routing
 from moeserve.ops import build, native, reference, table
 
@@ -201,8 +201,8 @@ def test_take_heads(ops: native.NativeOps, dtype: torch.dtype, with_norms: bool,
     cos_sin = torch.randn(50, size)
     caches = torch.zeros(2, 2, 18, 5, kv_heads, size, dtype=dtype)  # [form, keys or values, pages, ...]
     arguments = (qkv, norms, 1e-6, positions, cos_sin, interleaved)
-    got = same_on_two_threads(lambda: ops.take_heads(*arguments, *caches[0].unbind(0), slots))
-    close(got, reference.take_heads(*arguments, *caches[1].unbind(0), slots))
+    got = same_on_two_threads(lambda: ops.take_heads(*arguments, caches[0][0], caches[0][1], slots))
+    close(got, reference.take_heads(*arguments, caches[1][0], caches[1][1], slots))
     close(caches[0], caches[1])
 
 

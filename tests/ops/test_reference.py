@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moeserve.engine.batch import ForwardBatch
+from moeserve.forward_batch import ForwardBatch
 from moeserve.ops import reference, table
 
 
