@@ -8,6 +8,8 @@
 
 #define TILE_ROWS 6
 #define TILE_COLUMNS 4
+#define NEAR_BYTES 16384     /* of rows: stay in the first-level cache */
+#define PREFETCH_BYTES 8192  /* how far ahead of use weights are asked for */
 
 #if ELEM_IS_BF16 && defined(USE_AVX512_BF16)
 typedef __m512bh FN(chunk);
@@ -25,7 +27,10 @@ INLINE FN(chunk) FN(load_chunk)(const elem *p) { return FN(load)(p); }
 INLINE vf FN(multiply_add)(FN(chunk) a, FN(chunk) b, vf sum) { return fma_vf(a, b, sum); }
 #endif
 
-/* out[r * out_stride + c] = a[r] . b[c] for `rows` rows (a constant after inlining) and TILE_COLUMNS columns. */
+/* Weights are asked for ahead of use in the order of their addresses, not in that of the columns' interleaved walk: the
+ * memory then delivers two to three times as much. Past the end of a block lies the next one, which comes next.
+ *
+ * out[r * out_stride + c] = a[r] . b[c] for `rows` rows (a constant after inlining) and TILE_COLUMNS columns. */
 INLINE void FN(dot_tile)(const int rows, const elem *const *a, const elem *const *b, long k, float *out,
                          long out_stride) {
     vf sum[TILE_ROWS][TILE_COLUMNS] = {{{0}}};
@@ -37,7 +42,11 @@ INLINE void FN(dot_tile)(const int rows, const elem *const *a, const elem *const
         FN(chunk) weight[TILE_COLUMNS];
         for (int c = 0; c < TILE_COLUMNS; c++) {
             weight[c] = FN(load_chunk)(column[c] + i);
-            __builtin_prefetch(column[0] + AHEAD * k + TILE_COLUMNS * i + c * STEP, 0, HINT);
+            const elem *ahead = column[0] + PREFETCH_BYTES / sizeof(elem) + TILE_COLUMNS * i + c * STEP;
+            if (rows == 1)
+                __builtin_prefetch(ahead, 0, 3);
+            else
+                __builtin_prefetch(ahead, 0, 2);
         }
 #pragma GCC unroll 6
         for (int r = 0; r < rows; r++) {
@@ -79,16 +88,18 @@ INLINE long FN(pad_columns)(const elem **columns, long n) {
     return n;
 }
 
-/* out[r * out_stride + c] = a[r] . b[c] for m rows and n columns, n a multiple of TILE_COLUMNS. */
+/* out[r * out_stride + c] = a[r] . b[c] for m rows and n columns, n a multiple of TILE_COLUMNS. Of the two loops the
+ * outer one walks what has to come from farther away: the columns while all rows fit in the first-level cache. */
 static void FN(dot_block)(const elem *const *a, long m, const elem *const *b, long n, long k, float *out,
                           long out_stride) {
-    long tiles = ceil_div(m, TILE_ROWS), first = 0;
-    for (long t = 0; t < tiles; t++) {
-        int rows = (int)((m - first) / (tiles - t));  /* near equal tiles: 8 rows as 4 and 4, not 6 and 2 */
-        for (long c = 0; c < n; c += TILE_COLUMNS)
-            FN(dot_rows)(rows, a + first, b + c, k, out + first * out_stride + c, out_stride);
-        first += rows;
-    }
+    long tiles = ceil_div(m, TILE_ROWS), width = m * k * (long)sizeof(elem) <= NEAR_BYTES ? TILE_COLUMNS : n;
+    for (long block = 0; block < n; block += width)
+        for (long t = 0, first = 0; t < tiles; t++) {
+            int rows = (int)((m - first) / (tiles - t));  /* near equal tiles: 8 rows as 4 and 4, not 6 and 2 */
+            for (long c = block; c < block + width; c += TILE_COLUMNS)
+                FN(dot_rows)(rows, a + first, b + c, k, out + first * out_stride + c, out_stride);
+            first += rows;
+        }
 }
 
 /* --- linear ------------------------------------------------------------------------------------------------- */
