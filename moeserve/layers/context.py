@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from moeserve.comm.mesh import Mesh
+from moeserve.ops.memory import WeightMemory
 from moeserve.ops.table import Ops
 
 
@@ -19,9 +20,12 @@ class LayerContext:
     ops: Ops
     dtype: torch.dtype
     device: torch.device
+    memory: WeightMemory = field(default_factory=WeightMemory)
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """Memory for a weight; its contents come from a checkpoint."""
+        if self.device.type == "cpu":
+            return self.memory.empty(shape, dtype or self.dtype)
         return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
 
 
