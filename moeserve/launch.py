@@ -86,6 +86,7 @@ class RankSet:
         self._directory = tempfile.mkdtemp(prefix="moeserve-")
         self._inbox: asyncio.Queue[tuple[int, FromRank]] = asyncio.Queue()
         self._tasks: list[asyncio.Task[None]] = []
+        self._num_ready = 0
 
     def start(self) -> None:
         """Start the ranks and listen to them; returns before they are ready. Call inside the event loop."""
@@ -108,17 +109,6 @@ class RankSet:
         store, mail = ("127.0.0.1", free_port()), f"ipc://{self._directory}/mail"
         return [RankPlace(rank, rank, size, size, store, mail) for rank in range(size)]
 
-    async def ready(self) -> list[RankReady]:
-        """Wait until every rank has its weights. Raises RuntimeError with the cause when one fails instead."""
-        reports: list[RankReady] = []
-        while len(reports) < self.plan.layout.world_size:
-            _, message = await self.receive()
-            if isinstance(message, RankFailed):
-                raise RuntimeError(await self.cause())
-            if isinstance(message, RankReady):
-                reports.append(message)
-        return reports
-
     async def send(self, replica: int, message: ToRank) -> None:
         leader = replica * self.plan.layout.tp
         await self._socket.send_multipart([str(leader).encode(), encode(message)])
@@ -127,16 +117,23 @@ class RankSet:
         """The next message, with the replica of the rank that sent it."""
         return await self._inbox.get()
 
-    async def cause(self) -> str:
-        """What the rank that failed first has to say; waits a moment for all to be heard."""
+    async def raise_failure(self) -> None:
+        """Raise what the rank that failed first has to say, if one did; waits a moment for all to be heard.
+
+        ValueError when it could not use a setting or a file, else RuntimeError with its traceback.
+        """
+        if not self.failures:
+            return
         await asyncio.sleep(FAILURE_SETTLE_SECONDS)
         first = min(self.failures, key=lambda failure: failure.time)
-        return f"rank {first.rank} failed\n{first.traceback}"
+        if first.mistake:
+            raise ValueError(first.traceback)
+        raise RuntimeError(f"rank {first.rank} failed\n{first.traceback}")
 
     async def stop(self, timeout: float = 10.0) -> None:
         """End every rank: politely when they still answer, else at once. No process is left."""
         self.stopping = True
-        if not self.failures:
+        if not self.failures and self._num_ready == self.plan.layout.world_size:
             for replica in range(self.num_replicas):
                 await self.send(replica, Shutdown())
             deadline = time.monotonic() + timeout
@@ -166,6 +163,7 @@ class RankSet:
             if isinstance(message, RankFailed):
                 self._fail(message)
             else:
+                self._num_ready += isinstance(message, RankReady)
                 self._inbox.put_nowait((int(sender) // self.plan.layout.tp, message))
 
     def _process_ended(self, rank: int) -> None:

@@ -136,11 +136,15 @@ class StepDone(msgspec.Struct, frozen=True, tag="step"):
 
 
 class RankFailed(msgspec.Struct, frozen=True, tag="failed"):
-    """The rank is about to exit. time: seconds since the epoch when it failed: the earliest is the cause."""
+    """The rank is about to exit. time: seconds since the epoch when it failed: the earliest is the cause.
+
+    mistake: a setting or a file cannot be used; traceback is then one line that names it.
+    """
 
     rank: int
     time: float
     traceback: str
+    mistake: bool = False
 
 
 FromRank = RankReady | StepDone | RankFailed

@@ -54,7 +54,7 @@ async def running_engine(
 ) -> AsyncIterator[Frontend]:
     """Ranks that start, and the front-end that carries messages to them; on the way out no rank is left.
 
-    Raises RuntimeError with the first failed rank's traceback, after the body is done, when the engine died.
+    Raises as RankSet.raise_failure, after the body is done, when the engine died.
     """
     ranks = RankSet(plan, place)
     frontend = Frontend(ranks, tokenizer, settings)
@@ -67,8 +67,7 @@ async def running_engine(
         with contextlib.suppress(asyncio.CancelledError):
             await carrying
         await ranks.stop()
-    if ranks.failures:
-        raise RuntimeError(await ranks.cause())
+    await ranks.raise_failure()
 
 
 async def until_ready(frontend: Frontend) -> None:
@@ -80,7 +79,7 @@ async def until_ready(frontend: Frontend) -> None:
 async def serve_http(
     plan: EnginePlan, tokenizer: Tokenizer, listener: socket.socket, place: RankPlace | None = None
 ) -> int:
-    """Serve until a signal or a failure; the exit code. Raises RuntimeError as running_engine does."""
+    """Serve until a signal or a failure; the exit code. Raises as running_engine does."""
     settings = server_settings(plan)
     async with running_engine(plan, tokenizer, settings, place) as frontend:
         server = HttpServer(frontend, settings, listener)

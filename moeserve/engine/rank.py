@@ -11,7 +11,7 @@ import os
 import signal
 import time
 import traceback
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import msgspec
 import zmq
@@ -167,28 +167,34 @@ def rank_main(plan: EnginePlan, place: RankPlace) -> None:
     )
     mail = SocketMail(place.mail, place.rank)
     try:
-        run(plan, place, mail)
+        rank = start(plan, place, mail)
+    except ValueError as error:  # of a file or a setting: the text says it all
+        report(mail, RankFailed(place.rank, time.time(), str(error), mistake=True))
     except BaseException:
-        failure = RankFailed(rank=place.rank, time=time.time(), traceback=traceback.format_exc())
-        mail.send(failure)
-        mail.socket.close()
-        zmq.Context.instance().term()
-        os._exit(1)  # not sys.exit: a peer's collective may hold a thread that never ends
+        report(mail, RankFailed(place.rank, time.time(), traceback.format_exc()))
+    try:
+        rank.serve()
+        comm_mesh.stop()
+    except BaseException:
+        report(mail, RankFailed(place.rank, time.time(), traceback.format_exc()))
 
 
-def run(plan: EnginePlan, place: RankPlace, mail: Mail) -> None:
-    """Build this rank, say that it is ready, serve, and leave the process groups."""
+def start(plan: EnginePlan, place: RankPlace, mail: Mail) -> Rank:
+    """Join the other ranks, load this one's weights, and say that it is ready. ValueErrors are people's mistakes."""
     comm_mesh.start(
         place.rank, place.world_size, *place.store, plan.backend, timeout=COLLECTIVE_TIMEOUT_SECONDS
     )
     runner = Runner(plan, place)
-    scheduler = runner.new_scheduler()
+    rank = Rank(plan, runner, runner.new_scheduler(), mail)
     gc.collect()
     gc.freeze()
-    mail.send(
-        RankReady(
-            rank=place.rank, pid=os.getpid(), kv_tokens=runner.kv_tokens, max_seq_len=runner.max_seq_len
-        )
-    )
-    Rank(plan, runner, scheduler, mail).serve()
-    comm_mesh.stop()
+    mail.send(RankReady(place.rank, os.getpid(), runner.kv_tokens, runner.max_seq_len))
+    return rank
+
+
+def report(mail: SocketMail, failure: RankFailed) -> NoReturn:
+    """Tell the front-end why this rank ends, and end it."""
+    mail.send(failure)
+    mail.socket.close()
+    zmq.Context.instance().term()
+    os._exit(1)  # not sys.exit: a peer's collective may hold a thread that never ends

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -11,11 +13,14 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
+
+from moeserve.config import EMBEDDED_MODEL
 
 ServerProcess = Any  # of conftest.py, which tests do not import
 Start = Callable[..., ServerProcess]
@@ -176,7 +181,61 @@ def resident_mib(pid: int) -> int:
         return next(int(line.split()[1]) for line in file if line.startswith("VmRSS")) // 1024
 
 
-def test_a_port_in_use_and_a_broken_model_are_named() -> None:
+def copy_model(directory: Path) -> Path:
+    return Path(shutil.copytree(EMBEDDED_MODEL, directory / "model"))
+
+
+def cut_weights(model: Path) -> None:
+    data = (model / "model.safetensors").read_bytes()
+    (model / "model.safetensors").write_bytes(data[: len(data) // 2])
+
+
+def spoil_header(model: Path) -> None:
+    data = (model / "model.safetensors").read_bytes()
+    (model / "model.safetensors").write_bytes(data[:8] + b"x" * 100 + data[108:])
+
+
+def cut_config(model: Path) -> None:
+    text = (model / "config.json").read_text()
+    (model / "config.json").write_text(text[: len(text) // 2])
+
+
+def other_tokenizer(model: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "vocab_size": 100}))
+
+
+BROKEN_MODELS = [
+    (lambda model: (model / "model.safetensors").unlink(), "model.safetensors"),
+    (cut_weights, "model.safetensors"),
+    (spoil_header, "model.safetensors"),
+    (cut_config, "config.json"),
+    (lambda model: (model / "config.json").unlink(), "config.json"),
+    (lambda model: (model / "tokenizer.json").unlink(), "tokenizer.json"),
+    (lambda model: (model / "tokenizer.json").write_text("{}"), "tokenizer.json"),
+    (other_tokenizer, "tokenizer.json"),
+]
+
+
+@pytest.mark.parametrize(("damage", "named"), BROKEN_MODELS)
+def test_a_broken_model_is_named_in_one_line(
+    damage: Callable[[Path], None], named: str, tmp_path: Path
+) -> None:
+    model = copy_model(tmp_path)
+    damage(model)
+    done = subprocess.run(
+        [sys.executable, "-m", "moeserve", "generate", str(model), "--prompt", "Once", "--tp-size", "2"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("moeserve: ") and named in last
+    assert "Traceback" not in done.stderr
+
+
+def test_a_port_in_use_is_named() -> None:
     with socket.socket() as holder:
         holder.bind(("127.0.0.1", 0))
         holder.listen()
