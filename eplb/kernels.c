@@ -158,7 +158,7 @@ static void part_doubles(int E, int G, int K, int32_t *slots) {
         if (has[(size_t)e * G + g] < 2) continue;
         for (int q = 0; q < K * G; q++) {
             int x = slots[q], h = q % G;
-            if (has[(size_t)e * G + h] || has[(size_t)x * G + g]) continue;
+            if (has[(size_t)e * G + h] || (has[(size_t)x * G + g] && has[(size_t)x * G + h] < 2)) continue;
             slots[p] = x, slots[q] = e;
             has[(size_t)e * G + g]--, has[(size_t)x * G + g]++, has[(size_t)e * G + h]++, has[(size_t)x * G + h]--;
             break;
@@ -194,6 +194,14 @@ static int components(int E, int G, int K, const int32_t *slots, const int32_t *
             if (a != b) parent[b] = a, left--;
         }
     return left;
+}
+
+/* The same for one layer, to be called from outside. */
+int eplb_components(int E, int G, int K, const int32_t *slots, const int32_t *count) {
+    int32_t *parent = get(G, 4), *first = get(E, 4);
+    int found = components(E, G, K, slots, count, parent, first);
+    free(parent), free(first);
+    return found;
 }
 
 /* ------------------------------------------------------------------ improving under an even split */
@@ -536,42 +544,52 @@ void eplb_anneal(int N, int E, int T, int G, int K, const float *load, int32_t *
 
 /* ------------------------------------------------------------------ routing shares */
 
-typedef struct { int n, *start, *expert, *slot, *rank; } Replicas; /* replicated experts and their hosts */
+/* Experts that stand on several ranks, with one host slot a rank; twins: further slots on a rank, and its host. */
+typedef struct { int n, *start, *expert, *slot, *rank, twins, *twin, *host; } Replicas;
 
-static Replicas replicas_of(int E, int P, const int32_t *slots, const int32_t *rank_of) {
-    Replicas r = {0, get(E + 1, 4), get(E, 4), get(P, 4), get(P, 4)};
-    int *count = get(E, 4), *at = get(E, 4), total = 0;
-    for (int p = 0; p < P; p++) count[slots[p]]++;
+static Replicas replicas_of(int E, int G, int P, const int32_t *slots, const int32_t *rank_of) {
+    Replicas r = {0, get(E + 1, 4), get(E, 4), get(P, 4), get(P, 4), 0, get(P, 4), get(P, 4)};
+    int *count = get(E, 4), *at = get(E, 4), *first = get((size_t)E * G, 4), total = 0;
+    for (int p = 0; p < P; p++) {
+        int *seen = first + (size_t)slots[p] * G + rank_of[p];
+        if (*seen)
+            r.twin[r.twins] = p, r.host[r.twins++] = *seen - 1;
+        else
+            *seen = p + 1, count[slots[p]]++;
+    }
     for (int e = 0; e < E; e++)
         if (count[e] > 1) r.expert[r.n] = e, r.start[r.n++] = at[e] = total, total += count[e];
     r.start[r.n] = total;
     for (int p = 0; p < P; p++)
-        if (count[slots[p]] > 1) {
+        if (count[slots[p]] > 1 && first[(size_t)slots[p] * G + rank_of[p]] == p + 1) {
             int k = at[slots[p]]++;
             r.slot[k] = p, r.rank[k] = rank_of[p];
         }
-    free(count), free(at);
+    free(count), free(at), free(first);
     return r;
 }
 
-static void free_replicas(Replicas r) { free(r.start), free(r.expert), free(r.slot), free(r.rank); }
+static void free_replicas(Replicas r) {
+    free(r.start), free(r.expert), free(r.slot), free(r.rank), free(r.twin), free(r.host);
+}
 
 /* Water filling: each expert in turn spreads its load over its hosts so that their levels become equal, with the
- * step lengthened by omega but in the last sweep. share [P] in and out, ranks [G] out; base [G] or NULL is load
- * that stands on the ranks already. Returns the highest load of a rank. */
-static double fill(Replicas r, int G, int P, const double *load, const int32_t *slots, const int32_t *rank_of,
+ * step lengthened by omega in the first two thirds of the sweeps. share [P] in and out, ranks [G] out; base [G] or
+ * NULL is load that stands on the ranks already. */
+static void fill(Replicas r, int G, int P, const double *load, const int32_t *slots, const int32_t *rank_of,
                    const double *base, int sweeps, double omega, double *share, double *ranks, double *level) {
     for (int g = 0; g < G; g++) ranks[g] = base ? base[g] : 0.0;
     for (int p = 0; p < P; p++) ranks[rank_of[p]] += load[slots[p]] * share[p];
+    for (int i = 0; sweeps > 0 && i < r.twins; i++) /* of slots on one rank the first takes all */
+        share[r.host[i]] += share[r.twin[i]], share[r.twin[i]] = 0.0;
     for (int s = 0; s < sweeps; s++) {
-        double step = s + 1 < sweeps ? omega : 1.0;
+        double step = 3 * s < 2 * sweeps && s + 1 < sweeps ? omega : 1.0;
         for (int n = 0; n < r.n; n++) {
             int from = r.start[n], c = r.start[n + 1] - from;
             const int *slot = r.slot + from, *rank = r.rank + from;
             double w = load[r.expert[n]];
             if (!(w > 0.0)) continue;
             if (c == 2) {
-                if (rank[0] == rank[1]) continue;
                 double x = share[slot[0]], a = ranks[rank[0]] - w * x, b = ranks[rank[1]] - w * (1.0 - x);
                 double y = x + step * (((b - a) + w) / (2.0 * w) - x);
                 y = y < 0.0 ? 0.0 : y > 1.0 ? 1.0 : y;
@@ -603,19 +621,22 @@ static double fill(Replicas r, int G, int P, const double *load, const int32_t *
             }
         }
     }
-    double highest = 0.0;
-    for (int g = 0; g < G; g++) highest = ranks[g] > highest ? ranks[g] : highest;
-    return highest;
 }
 
-/* B sets of loads [B][E] over one layer's slots [P]: share [B][P] in and out, ranks [B][G] and highest [B] out. */
-void eplb_fill(int B, int E, int G, int P, const double *load, const int32_t *slots, const int32_t *rank_of,
-               const double *base, int sweeps, double omega, double *share, double *ranks, double *highest) {
-    Replicas r = replicas_of(E, P, slots, rank_of);
+/* B sets of loads [N][B][E] over each layer's slots [N][P]: share [N][B][P] in and out, ranks [N][B][G] out; base
+ * [N][G] or NULL; rank_of [P]. */
+void eplb_fill(int N, int B, int E, int G, int P, const double *load, const int32_t *slots, const int32_t *rank_of,
+               const double *base, int sweeps, double omega, double *share, double *ranks) {
     double *level = get(P, sizeof(double));
-    for (int n = 0; n < B; n++)
-        highest[n] = fill(r, G, P, load + (size_t)n * E, slots, rank_of, base, sweeps, omega, share + (size_t)n * P,
-                          ranks + (size_t)n * G, level);
+    for (int n = 0; n < N; n++) {
+        const int32_t *row = slots + (size_t)n * P;
+        Replicas r = replicas_of(E, G, P, row, rank_of);
+        for (int i = 0; i < B; i++) {
+            size_t at = (size_t)n * B + i;
+            fill(r, G, P, load + at * E, row, rank_of, base ? base + (size_t)n * G : NULL, sweeps, omega,
+                 share + at * P, ranks + at * G, level);
+        }
+        free_replicas(r);
+    }
     free(level);
-    free_replicas(r);
 }

@@ -49,6 +49,9 @@ class Kernels(Protocol):
     def place(self, load: Singles, count: Ints, order: Ints, ranks: int, z: float, connect: bool) -> Ints:
         """slots [N, K, G] for load [N, E, T], the experts taken in order [N, E]."""
 
+    def components(self, slots: Ints, count: Ints) -> int:
+        """Components of the graph of ranks joined by a shared expert, for one layer's slots [K, G], count [E]."""
+
     def improve(self, load: Singles, count: Ints, slots: Ints, node: Ints, options: Options) -> Ints:
         """Changes count and slots in place; slots written [N]."""
 
@@ -74,8 +77,9 @@ class Kernels(Protocol):
         base: Floats | None,
         sweeps: int,
         omega: float,
-    ) -> tuple[Floats, Floats]:
-        """Changes share [B, P] in place; (load of each rank [B, G], highest of them [B])."""
+    ) -> Floats:
+        """Changes share [N, B, P] in place for B sets of loads [N, B, E] over slots [N, P] of rank rank_of [P];
+        returns the load of each rank [N, B, G]. base [N, G]: load that stands there already."""
 
 
 def kernels() -> Kernels:
@@ -91,6 +95,7 @@ class Plain:
     prepare = staticmethod(plain.prepare)
     replicate = staticmethod(plain.replicate)
     place = staticmethod(plain.place)
+    components = staticmethod(plain.components)
     improve = staticmethod(plain.improve)
     anneal = staticmethod(plain.anneal)
     fill = staticmethod(plain.fill)
@@ -140,6 +145,13 @@ class Native:
         )  # fmt: skip
         return slots
 
+    def components(self, slots: Ints, count: Ints) -> int:
+        slots, count = np.ascontiguousarray(slots, np.int32), np.ascontiguousarray(count, np.int32)
+        found = self.library.eplb_components(
+            len(count), slots.shape[1], slots.shape[0], _at(slots), _at(count)
+        )
+        return int(found)
+
     def improve(self, load: Singles, count: Ints, slots: Ints, node: Ints, options: Options) -> Ints:
         load = np.ascontiguousarray(load, np.float32)
         layers, experts, windows = load.shape
@@ -177,18 +189,18 @@ class Native:
         base: Floats | None,
         sweeps: int,
         omega: float,
-    ) -> tuple[Floats, Floats]:
+    ) -> Floats:
         load = np.ascontiguousarray(load, np.float64)
-        sets, experts = load.shape
+        layers, sets, experts = load.shape
         num_ranks = int(rank_of.max()) + 1
-        ranks, highest = np.empty((sets, num_ranks)), np.empty(sets)
+        ranks = np.empty((layers, sets, num_ranks))
         slots, rank_of = np.ascontiguousarray(slots, np.int32), np.ascontiguousarray(rank_of, np.int32)
         self.library.eplb_fill(
-            sets, experts, num_ranks, len(slots), _at(load), _at(slots), _at(rank_of),
-            None if base is None else _at(base), sweeps, ctypes.c_double(omega),
-            _at(share), _at(ranks), _at(highest),
+            layers, sets, experts, num_ranks, slots.shape[1], _at(load), _at(slots), _at(rank_of),
+            None if base is None else _at(np.ascontiguousarray(base, np.float64)), sweeps,
+            ctypes.c_double(omega), _at(share), _at(ranks),
         )  # fmt: skip
-        return ranks, highest
+        return ranks
 
 
 def _at(array: npt.NDArray[Any]) -> ctypes.c_void_p:

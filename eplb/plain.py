@@ -127,7 +127,7 @@ def _part_doubles(slots: Ints, num_experts: int) -> Ints:
             continue
         for q in range(len(flat)):
             x, h = flat[q], q % ranks
-            if not has[e, h] and not has[x, g]:
+            if not has[e, h] and (not has[x, g] or has[x, h] > 1):
                 flat[p], flat[q] = x, e
                 has[e, g] -= 1
                 has[x, h] -= 1
@@ -439,25 +439,37 @@ class _SplitMix:
 
 def fill(
     load: Floats, slots: Ints, rank_of: Ints, share: Floats, base: Floats | None, sweeps: int, omega: float
-) -> tuple[Floats, Floats]:
-    """Changes share [B, P] in place; (load of each rank [B, G], highest of them [B])."""
-    ranks = np.zeros((len(load), int(rank_of.max()) + 1))
-    if base is not None:
-        ranks += base
+) -> Floats:
+    """Changes share [N, B, P] in place for loads [N, B, E] over slots [N, P]; load of each rank [N, B, G]."""
+    ranks = np.zeros((*load.shape[:2], int(rank_of.max()) + 1))
+    for n, row in enumerate(slots):
+        if base is not None:
+            ranks[n] += base[n]
+        _fill(load[n], row, rank_of, share[n], sweeps, omega, ranks[n])
+    return ranks
+
+
+def _fill(
+    load: Floats, slots: Ints, rank_of: Ints, share: Floats, sweeps: int, omega: float, ranks: Floats
+) -> None:
     for p, e in enumerate(slots):
         ranks[:, rank_of[p]] += load[:, e] * share[:, p]
-    count = np.bincount(slots, minlength=load.shape[1])
-    hosts = [(e, np.flatnonzero(slots == e).astype(np.int32)) for e in np.flatnonzero(count > 1)]
+    hosts = []
+    for e in range(load.shape[1]):
+        at = np.flatnonzero(slots == e).astype(np.int32)
+        on, first, which = np.unique(rank_of[at], return_index=True, return_inverse=True)
+        for i, slot in enumerate(at):  # of slots on one rank the first takes all
+            if sweeps and first[which[i]] != i:
+                share[:, at[first[which[i]]]] += share[:, slot]
+                share[:, slot] = 0.0
+        if len(on) > 1:
+            hosts.append((e, np.sort(at[first])))
     for s in range(sweeps):
-        step = omega if s + 1 < sweeps else 1.0
+        step = omega if 3 * s < 2 * sweeps and s + 1 < sweeps else 1.0
         for e, at in hosts:
             rows = np.flatnonzero(load[:, e] > 0)
-            if len(at) == 2 and rank_of[at[0]] == rank_of[at[1]]:
-                continue
-            (_fill_two if len(at) == 2 else _fill_many)(
-                rows, load[rows, e], at, rank_of[at], step, share, ranks
-            )
-    return ranks, np.maximum(ranks.max(axis=1), 0.0)
+            spread = _fill_two if len(at) == 2 else _fill_many
+            spread(rows, load[rows, e], at, rank_of[at], step, share, ranks)
 
 
 def _fill_two(

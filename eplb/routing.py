@@ -10,13 +10,15 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from moeserve.eplb.load import merge_windows
 from moeserve.eplb.native import kernels
 from moeserve.eplb.types import Floats, Ints, Placement, Topology
 
 STATIC_SWEEPS = 60
 STEP_SWEEPS = 12
-LOCAL_SWEEPS = 3
+LOCAL_SWEEPS = 6
 _OMEGA = 1.5
+_SCATTER = 16  # windows over which shares are judged
 _WAYS = (1.0, 0.75, 0.5, 0.25, 0.0)  # from even parts to those of the mean
 
 
@@ -30,27 +32,24 @@ def static_shares(placement: Placement, load: npt.ArrayLike, topology: Topology)
     if windows.ndim == 2:
         windows = windows[None]
     placement.check(topology)
+    windows = merge_windows(windows, _SCATTER)
     total = windows.sum(axis=2, keepdims=True)
-    windows = windows / np.where(total > 0, total, 1.0)
-    shares, _ = step_shares(placement, windows.mean(axis=0)[None], topology, STATIC_SWEEPS)
-    even = 1.0 / np.take_along_axis(placement.replica_count, placement.slot_to_expert, axis=1)
+    windows = np.ascontiguousarray(
+        (windows / np.where(total > 0, total, 1.0)).transpose(1, 0, 2)
+    )  # [L, W, E]
+    even = _even(placement)
+    best, _ = _fill(placement, windows.mean(axis=1, keepdims=True), even[:, None], topology, STATIC_SWEEPS)
     part = np.ones(placement.num_layers)
-    if len(windows) > 1:
-        from_even, from_mean = (_ranks_of(placement, windows, share, topology) for share in (even, shares[0]))
-        scores = [(from_even + (from_mean - from_even) * way).max(axis=2).mean(axis=0) for way in _WAYS]
+    if windows.shape[1] > 1:
+        every = (placement.num_layers, windows.shape[1], placement.num_slots)
+        (_, from_even), (_, from_best) = (
+            _fill(placement, windows, np.broadcast_to(share, every), topology, 0)
+            for share in (even[:, None], best)
+        )
+        scores = [(from_even + (from_best - from_even) * way).max(axis=2).mean(axis=1) for way in _WAYS]
         part = np.array(_WAYS)[np.argmin(np.round(scores, 9), axis=0)]
-    blended = even + (shares[0] - even) * part[:, None]
+    blended = even + (best[:, 0] - even) * part[:, None]
     return _whole(placement, np.round(blended, 6))  # to the grain of the digest
-
-
-def _ranks_of(placement: Placement, windows: Floats, share: Floats, topology: Topology) -> Floats:
-    """[W, L, G] rank loads under the given shares [L, P]."""
-    kernel, rank_of = kernels(), rank_of_slot(topology)
-    ranks = np.empty((len(windows), placement.num_layers, topology.num_ranks))
-    for layer, slots in enumerate(placement.slot_to_expert):
-        parts = np.tile(share[layer], (len(windows), 1))
-        ranks[:, layer], _ = kernel.fill(windows[:, layer], slots, rank_of, parts, None, 0, _OMEGA)
-    return ranks
 
 
 def step_shares(
@@ -63,15 +62,24 @@ def step_shares(
         raise ValueError(
             f"the load has shape {load.shape}, expected [steps, {placement.num_layers}, {placement.num_experts}]"
         )
-    kernel, rank_of = kernels(), rank_of_slot(topology)
-    shares = np.empty((len(load), placement.num_layers, placement.num_slots))
-    ranks = np.empty((len(load), placement.num_layers, topology.num_ranks))
-    even = 1.0 / np.take_along_axis(placement.replica_count, placement.slot_to_expert, axis=1)
-    for layer, slots in enumerate(placement.slot_to_expert):
-        share = np.tile(even[layer], (len(load), 1))
-        ranks[:, layer], _ = kernel.fill(load[:, layer], slots, rank_of, share, None, sweeps, _OMEGA)
-        shares[:, layer] = share
-    return shares, ranks
+    even = np.broadcast_to(_even(placement)[:, None], (placement.num_layers, len(load), placement.num_slots))
+    shares, ranks = _fill(placement, load.transpose(1, 0, 2), even, topology, sweeps)
+    return shares.transpose(1, 0, 2), ranks.transpose(1, 0, 2)
+
+
+def _fill(
+    placement: Placement, load: Floats, share: Floats, topology: Topology, sweeps: int
+) -> tuple[Floats, Floats]:
+    """(shares [L, B, P], ranks [L, B, G]) for load [L, B, E], starting from share [L, B, P]."""
+    share = np.array(share, order="C")
+    rank_of = rank_of_slot(topology)
+    ranks = kernels().fill(load, placement.slot_to_expert, rank_of, share, None, sweeps, _OMEGA)
+    return share, ranks
+
+
+def _even(placement: Placement) -> Floats:
+    even: Floats = 1.0 / np.take_along_axis(placement.replica_count, placement.slot_to_expert, axis=1)
+    return even
 
 
 def local_counts(
@@ -79,41 +87,40 @@ def local_counts(
     counts: npt.NDArray[np.int64],
     topology: Topology,
     seed: int = 0,
-    *,
-    base: Floats | None = None,
     sweeps: int = LOCAL_SWEEPS,
 ) -> npt.NDArray[np.int64]:
     """Tokens [S, P] that each of S source ranks sends to each slot of one layer, from its own counts [S, E] alone.
 
-    base [G]: what each rank is expected to receive beyond its equal part; see expected_tilt. Shares become whole
-    numbers by systematic rounding with a start of its own for each source and expert, so sums are exact and the
-    rounding of the sources does not add up.
+    Shares become whole numbers whose sums are exact; the rounding error of a rank is carried from expert to expert
+    and starts at random in each source, so that it neither grows nor adds up over the sources.
     """
     rank_of = rank_of_slot(topology)
     load = np.ascontiguousarray(counts, np.float64)
     share = np.tile(1.0 / np.bincount(slots, minlength=load.shape[1])[slots], (len(load), 1))
-    kernels().fill(load, slots, rank_of, share, base, sweeps, _OMEGA)
+    kernels().fill(load[None], slots[None], rank_of, share[None], None, sweeps, _OMEGA)
     wanted = share * load[:, slots]
-    start = np.random.default_rng(seed).random(load.shape)
-    return _rounded(slots, wanted, load, start)
+    error = np.random.default_rng(seed).uniform(-0.5, 0.5, (len(load), topology.num_ranks))
+    return _rounded(slots, wanted, load, rank_of, error)
 
 
-def _rounded(slots: Ints, wanted: Floats, load: Floats, start: Floats) -> npt.NDArray[np.int64]:
-    """Whole numbers near wanted [S, P] that add up to load [S, E] for each expert."""
-    order = np.argsort(slots, kind="stable")
-    first = np.flatnonzero(np.diff(slots[order], prepend=-1))
-    upto = np.cumsum(wanted[:, order], axis=1)
-    before = upto[:, first] - wanted[:, order][:, first]
-    group = np.cumsum(np.diff(slots[order], prepend=-1) > 0) - 1
-    expert = slots[order]
-    edge = np.floor(upto - before[:, group] + start[:, expert] + 1e-9)
-    last = np.append(first[1:], len(slots)) - 1
-    edge[:, last] = load[:, expert[last]]
-    low = np.concatenate([np.zeros((len(load), 1)), edge[:, :-1]], axis=1)
-    low[:, first] = 0
-    counts = np.minimum(edge, load[:, expert]) - np.minimum(low, load[:, expert])
-    result = np.empty(wanted.shape, np.int64)
-    result[:, order] = counts
+def _rounded(
+    slots: Ints, wanted: Floats, load: Floats, rank_of: Ints, error: Floats
+) -> npt.NDArray[np.int64]:
+    """Whole numbers near wanted [S, P] that add up to load [S, E] for each expert. What a rank has been given too
+    much or too little so far (error [S, G]) decides who gets the odd tokens of the next expert."""
+    result = np.rint(wanted).astype(np.int64)
+    rows = np.arange(len(load))[:, None]
+    for expert in np.flatnonzero(np.bincount(slots, minlength=load.shape[1]) > 1):
+        at = np.flatnonzero(slots == expert)
+        rank = rank_of[at]
+        low = np.floor(wanted[:, at] + 1e-9)
+        odd = load[:, expert] - low.sum(axis=1)  # tokens left, fewer than replicas
+        order = np.argsort(low - wanted[:, at] + error[:, rank], axis=1, kind="stable")
+        extra = np.zeros_like(low)
+        extra[rows, order] = np.arange(len(at)) < odd[:, None]
+        result[:, at] = low + extra
+        for i, g in enumerate(rank):
+            error[:, g] += low[:, i] + extra[:, i] - wanted[:, at[i]]
     return result
 
 

@@ -188,7 +188,8 @@ def _table(outcomes: list[Outcome], routing: str, colour: bool) -> str:
     ]  # fmt: skip
     return "\n".join(
         [
-            f"imbalance ({FORMULA}; mean over layers),\neach window under the placement that stood before it; routing {routing}:",
+            f"imbalance ({FORMULA}; mean over layers),",
+            f"each window under the placement that stood before it; routing {routing}:",
             render(head, rows, colour=colour),
             "",
             "net gain: expert time saved against `never` when it stands first, less the stall of moves where",

@@ -129,29 +129,40 @@ def _enumerate(left: tuple[int, ...], room: int) -> Iterator[list[tuple[int, ...
 
 
 def _bridge(problem: Problem, mean: Floats, count: Ints, placed: Ints) -> None:
-    """Along a ring of nodes, hot and cold in turn, give a redundant slot of the colder node to a hot expert of the
-    hotter one. The slot whose expert misses a replica least; the expert that carries most load a replica."""
-    topology = problem.topology
+    """Join the nodes by a tree in which every node but the hottest takes in one replica of a hotter node's expert.
+
+    The coldest pairs with the hottest, the next with the next; then the hot ones in a row. The expert that carries
+    most load a replica goes into the slot whose loss parts no ranks, then the one whose expert misses it least.
+    """
+    topology, kernel = problem.topology, problem.kernels
     nodes, width = topology.num_nodes, topology.ranks_per_node
     node = np.arange(topology.num_ranks) // width
     load = np.array([(mean[placed[:, node == n]] / count[placed[:, node == n]]).sum() for n in range(nodes)])
-    hot_first = np.argsort(-load, kind="stable")
-    ring = [int(hot_first[k // 2] if k % 2 == 0 else hot_first[nodes - 1 - k // 2]) for k in range(nodes)]
-    edges = list(zip(ring, ring[1:] + ring[:1], strict=True)) if nodes > 2 else [(ring[0], ring[1])]
-    for one, other in edges:
-        hot, cold = (one, other) if load[one] >= load[other] else (other, one)
+    order = [int(n) for n in np.argsort(-load, kind="stable")]
+    pairs = [(order[k], order[-1 - k]) for k in range(nodes // 2)]
+    pairs += [(order[k], order[k + 1]) for k in range(nodes - len(pairs) - 1)]
+    parts = kernel.components(placed, count)
+    for hot, cold in pairs:
         on_hot, on_cold = set(placed[:, node == hot].ravel().tolist()), placed[:, node == cold]
         here = set(on_cold.ravel().tolist())
-        spare = [
-            (float(mean[e] / (count[e] - 1)), int(j), int(g) + cold * width)
-            for (j, g), e in np.ndenumerate(on_cold)
-            if count[e] > problem.least and np.count_nonzero(on_cold == e) > 1
-        ]
         wanted = [(float(mean[e] / count[e]), -int(e)) for e in on_hot if e not in here]
-        if not spare or not wanted:
+        if not wanted:
             continue
-        _, j, g = min(spare)
         expert = -max(wanted)[1]
+        trials = []
+        for (j, g), e in np.ndenumerate(on_cold):
+            if count[e] <= problem.least or np.count_nonzero(on_cold == e) < 2:
+                continue
+            slots, counts = placed.copy(), count.copy()
+            slots[j, g + cold * width] = expert
+            counts[e] -= 1
+            counts[expert] += 1
+            trials.append(
+                (kernel.components(slots, counts), float(mean[e] / (count[e] - 1)), j, g + cold * width)
+            )
+        if not trials or min(trials)[0] > parts:
+            continue
+        parts, _, j, g = min(trials)
         count[placed[j, g]] -= 1
         count[expert] += 1
         placed[j, g] = expert

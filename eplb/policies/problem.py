@@ -12,8 +12,9 @@ from moeserve.eplb.load import merge_windows
 from moeserve.eplb.native import Kernels, kernels
 from moeserve.eplb.types import Floats, Ints, Placement, Topology
 
-MOST_WINDOWS = 64
-"""Windows that a solver looks at; more are summed into this many. Beyond it the gain is small and time grows."""
+MOST_WINDOWS = {"shares": 32, "even": 64}
+"""Windows that a solver looks at, by how replicas share; more are summed into this many. An even split gains longer
+from more of them: nothing evens out later what the placement did not foresee."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +62,7 @@ class Problem:
         expert_groups: int = 1,
         survive_rank_loss: bool = False,
         weighted: bool = True,
-        most_windows: int = MOST_WINDOWS,
+        most_windows: int | None = None,
     ) -> Problem:
         """load [L, E], or windows [W, L, E]; objective "mean" sums the windows into one."""
         if objective not in ("windows", "mean"):
@@ -75,7 +76,8 @@ class Problem:
             raise ValueError(
                 f"the load has shape {windows.shape}, expected [layers, experts] or [windows, ...]"
             )
-        windows = merge_windows(windows, 1 if objective == "mean" else most_windows)
+        most = most_windows or MOST_WINDOWS["shares" if weighted else "even"]
+        windows = merge_windows(windows, 1 if objective == "mean" else most)
         return cls(windows, topology, expert_groups, survive_rank_loss, weighted)
 
     @property

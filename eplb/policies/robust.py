@@ -26,8 +26,8 @@ class Effort:
     """z: standard deviations of risk. rounds: tries of the refinement a layer; 0 leaves the first placement."""
 
     z: float = 1.0
-    rounds: int = 60
-    patience: int = 3
+    rounds: int = 48
+    patience: int = 2
     least_gain: float = 1e-2
 
 

@@ -47,6 +47,7 @@ def test_same_placement(compiled: Native, shape: tuple[int, int, int, int, int],
     order = np.argsort(-(weight / count), axis=1, kind="stable").astype(np.int32)
     slots = compiled.place(load, count, order, ranks, 1.0, connect)
     assert (slots == Plain.place(load, count, order, ranks, 1.0, connect)).all()
+    assert compiled.components(slots[0], count[0]) == Plain.components(slots[0], count[0])
     for n in range(layers):
         assert (np.bincount(slots[n].ravel(), minlength=experts) == count[n]).all()
     node = (np.arange(ranks) * 2 // ranks).astype(np.int32)
@@ -95,13 +96,14 @@ def test_same_shares(compiled: Native, shape: tuple[int, int, int, int, int]) ->
     slots = slots[: max(experts, ranks * per_rank)].astype(np.int32)
     rank_of = rng.permutation(np.arange(len(slots)) % ranks).astype(np.int32)
     even = 1.0 / np.bincount(slots, minlength=experts)[slots]
-    for base in (None, rng.random(int(rank_of.max()) + 1)):
-        a, b = np.tile(even, (windows, 1)), np.tile(even, (windows, 1))
+    slots, load = np.stack([slots, slots[::-1]]), np.stack([load, load * 2])
+    even = np.stack([even, even[::-1]])[:, None]
+    for base in (None, rng.random((2, int(rank_of.max()) + 1))):
+        a, b = np.tile(even, (1, windows, 1)), np.tile(even, (1, windows, 1))
         one = compiled.fill(load, slots, rank_of, a, base, 5, 1.5)
         two = Plain.fill(load, slots, rank_of, b, base, 5, 1.5)
         assert (a == b).all()
-        assert (one[0] == two[0]).all()
-        assert (one[1] == two[1]).all()
+        assert (one == two).all()
 
 
 def test_same_preparation(compiled: Native) -> None:

@@ -1,0 +1,242 @@
+"""Every policy on many shapes: what a placement must be, how good it is, and that it never depends on chance."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moeserve.eplb import Placement, Topology, explain, solve
+from moeserve.eplb.metrics import balance, imbalance
+from moeserve.eplb.native import kernels
+from moeserve.eplb.policies import POLICIES
+from moeserve.eplb.policies.problem import slot_major
+from moeserve.eplb.routing import step_shares
+from moeserve.eplb.synthetic import Traffic
+
+SMALL = [  # weights, slots, ranks, best known max/mean under an even split without two replicas on a rank
+    ((90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86), 16, 8, 1.0533),
+    ((20, 107, 104, 64, 19, 197, 187, 157, 172, 86, 16, 27), 16, 8, 1.1904),
+    ((10, 20, 30, 40, 50, 60), 8, 4, 1.0477),
+    ((10, 20, 30, 40), 8, 4, 1.0001),
+    ((1000, 1, 1, 1, 1, 1, 1, 1), 12, 4, 1.0011),
+    ((100, 50, 200, 75, 150, 25, 300, 80), 12, 4, 1.0205),
+]
+
+
+def _no_avoidable_doubles(placement: Placement, topology: Topology) -> bool:
+    """No expert twice on a rank unless it has more replicas than there are ranks."""
+    rank = np.arange(placement.num_slots) // topology.slots_per_rank
+    for row, count in zip(placement.slot_to_expert, placement.replica_count, strict=True):
+        pairs = np.unique(np.stack([row, rank]), axis=1)
+        distinct = np.bincount(pairs[0], minlength=placement.num_experts)
+        if (distinct != np.minimum(count, topology.num_ranks)).any():
+            return False
+    return True
+
+
+@st.composite
+def _cases(draw: st.DrawFn) -> tuple[np.ndarray, Topology, bool]:
+    ranks, per_rank = draw(st.integers(1, 12)), draw(st.integers(1, 8))
+    experts = draw(st.integers(1, ranks * per_rank))
+    rng = np.random.default_rng(draw(st.integers(0, 10**6)))
+    shape = (draw(st.integers(1, 5)), 2, experts)
+    kind = draw(st.sampled_from(["heavy", "flat", "zero", "sparse"]))
+    load = {
+        "heavy": rng.lognormal(3, 2, shape).astype(int),
+        "flat": np.full(shape, 7),
+        "zero": np.zeros(shape, int),
+        "sparse": rng.poisson(0.3, shape),
+    }[kind]
+    survive = draw(st.booleans()) and ranks > 1 and ranks * per_rank >= 2 * experts
+    return load, Topology.of(ranks, ranks * per_rank, draw(st.integers(1, ranks))), survive
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    _cases(), st.sampled_from(["auto", "fast", "robust", "connected"]), st.sampled_from(["shares", "even"])
+)
+def test_any_shape(case: tuple[np.ndarray, Topology, bool], policy: str, routing: str) -> None:
+    load, topology, survive = case
+    placement = solve(load, topology, policy=policy, survive_rank_loss=survive, routing=routing)  # type: ignore[arg-type]
+    # Placement itself has checked that every expert stands somewhere and that shares add up
+    assert placement.slot_to_expert.shape == (2, topology.num_slots)
+    assert _no_avoidable_doubles(placement, topology)
+    if survive:
+        assert placement.survives_rank_loss(topology)
+    again = solve(load, topology, policy=policy, survive_rank_loss=survive, routing=routing)  # type: ignore[arg-type]
+    assert again.digest == placement.digest
+
+
+@settings(max_examples=30, deadline=None)
+@given(_cases())
+def test_never_worse_than_greedy_in_sample(case: tuple[np.ndarray, Topology, bool]) -> None:
+    load, topology, _ = case
+    topology = Topology.of(topology.num_ranks, topology.num_slots)
+    total = load.sum(axis=0)[None]
+    ours = solve(total, topology)
+    theirs = solve(total, topology, policy="greedy", routing="even")
+    assert balance(total, ours, topology).mean <= balance(total, theirs, topology, even=True).mean + 0.02
+
+
+def test_layers_keep_their_order() -> None:
+    load = np.random.default_rng(0).integers(1, 1000, (4, 6, 40))
+    topology = Topology.of(5, 50)
+    whole = solve(load, topology)
+    for layer in range(6):
+        alone = solve(load[:, layer : layer + 1], topology)
+        assert (alone.slot_to_expert[0] == whole.slot_to_expert[layer]).all()
+
+
+@pytest.mark.parametrize(
+    "shape", [(8, 1, 8), (60, 7, 70), (128, 16, 144), (1024, 8, 1032), (256, 256, 256), (40, 40, 120)]
+)
+def test_uneven_and_extreme_shapes(shape: tuple[int, int, int]) -> None:
+    experts, ranks, slots = shape
+    load = np.random.default_rng(1).integers(0, 500, (3, 2, experts))
+    topology = Topology.of(ranks, slots)
+    placement = solve(load, topology)
+    assert _no_avoidable_doubles(placement, topology)
+
+
+def test_512_ranks() -> None:
+    load = np.random.default_rng(1).integers(0, 500, (2, 1, 256))
+    topology = Topology.of(512, 1024, 8)
+    assert _no_avoidable_doubles(solve(load, topology), topology)
+
+
+@pytest.mark.parametrize("case", SMALL, ids=lambda case: f"{len(case[0])}-{case[1]}-{case[2]}")
+def test_default_policy_reaches_the_best_of_small_cases(
+    case: tuple[tuple[int, ...], int, int, float],
+) -> None:
+    weights, slots, ranks, best = case
+    topology, load = Topology.of(ranks, slots), np.array([[weights]])
+    placement = solve(load[0], topology)
+    assert balance(load, placement, topology, even=True).mean <= best
+    assert balance(load, placement, topology).mean <= best
+
+
+def test_shares_reach_what_an_even_split_cannot() -> None:
+    load, topology = np.array([[[200, 150, 100, 50, 25, 12]]]), Topology.of(2, 10)
+    assert balance(load, solve(load[0], topology), topology).mean <= 1.00001
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_near_the_exact_optimum(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    load = rng.lognormal(4, 1, (1, 1, 7)).astype(int) + 1
+    topology = Topology.of(3, 12)
+    best = balance(load, solve(load[0], topology, policy="exact", routing="even"), topology, even=True).mean
+    ours = balance(load, solve(load[0], topology, routing="even"), topology, even=True).mean
+    assert best <= ours + 1e-9
+    assert ours <= best * 1.002
+
+
+def test_greedy_is_deepseeks() -> None:
+    """The published example of deepseek-ai/EPLB, hierarchical and global (max/mean as measured from its code)."""
+    load = np.array(
+        [
+            [
+                [90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86],
+                [20, 107, 104, 64, 19, 197, 187, 157, 172, 86, 16, 27],
+            ]
+        ]
+    )
+    nodes, flat = Topology.of(8, 16, 4), Topology.of(8, 16)
+    hierarchical = solve(load, nodes, policy="greedy", expert_groups=4, routing="even")
+    assert hierarchical.slot_to_expert.tolist() == [
+        [5, 6, 5, 7, 8, 4, 3, 4, 10, 9, 10, 2, 0, 1, 11, 1],
+        [7, 10, 6, 8, 6, 11, 8, 9, 2, 4, 5, 1, 5, 0, 3, 1],
+    ]
+    assert balance(load, hierarchical, nodes, even=True).by_layer.round(4).tolist() == [1.2081, 1.2422]
+    whole = solve(load, flat, policy="greedy", routing="even")
+    assert balance(load, whole, flat, even=True).by_layer.round(4).tolist() == [1.0726, 1.1903]
+
+
+def test_connected_joins_all_ranks_and_pays_off_on_later_steps() -> None:
+    traffic = Traffic.make(6, 256)
+    steps = traffic.counts(traffic.mixes("drift", 160), 32768)
+    early, late, topology = steps[:128], steps[128:], Topology.of(32, 288)
+    ours, theirs = (solve(early, topology, policy=policy) for policy in ("connected", "greedy"))
+    slots = slot_major(ours.slot_to_expert, 32)
+    assert [kernels().components(slots[i], ours.replica_count[i]) for i in range(6)] == [1] * 6
+    a, b = (imbalance(step_shares(p, late, topology)[1]).mean() for p in (ours, theirs))
+    assert a < 1.02 < b
+    robust = solve(early, topology, policy="robust", routing="even")
+    assert balance(late, robust, topology, even=True).mean < balance(late, theirs, topology, even=True).mean
+
+
+def test_hierarchical_packs_groups_on_nodes_but_for_bridges() -> None:
+    traffic = Traffic.make(3, 256)
+    steps = traffic.counts(traffic.mixes("drift", 160), 32768)
+    early, late, topology = steps[:128], steps[128:], Topology.of(32, 288, 8)
+    found = explain(early, topology, expert_groups=8)
+    assert found.policy == "hierarchical"
+    node = np.arange(288) // 72
+    for row in found.placement.slot_to_expert:
+        spread = [len(set(node[row // 32 == group].tolist())) for group in range(8)]
+        homes = [np.bincount(node[row // 32 == group], minlength=4).argmax() for group in range(8)]
+        assert np.bincount(homes, minlength=4).tolist() == [2, 2, 2, 2]
+        away = sum(int((node[row // 32 == group] != home).sum()) for group, home in enumerate(homes))
+        assert away <= 3
+        assert max(spread) <= 4
+    theirs = solve(early, topology, policy="greedy", expert_groups=8)
+    a, b = (imbalance(step_shares(p, late, topology)[1]).mean() for p in (found.placement, theirs))
+    assert a < b
+
+
+def test_from_a_current_placement() -> None:
+    rng = np.random.default_rng(5)
+    topology = Topology.of(8, 72)
+    old_load = rng.lognormal(4, 1, (4, 3, 64)).astype(int)
+    current = solve(old_load, topology)
+    load = (old_load * rng.lognormal(0, 0.3, (1, 3, 64))).astype(int)
+    before = balance(load, current, topology).mean
+    last = before
+    for moves in (0, 1, 4, 16):
+        new = solve(load, topology, current=current, max_moves=moves)
+        changed = (new.slot_to_expert != current.slot_to_expert).sum(axis=1)
+        assert (changed <= moves).all()
+        assert new.generation == current.generation + 1
+        now = balance(load, new, topology).mean
+        assert now <= last + 0.01
+        last = now
+    assert last < before
+    scratch = solve(load, topology, current=current)
+    apart = (scratch.slot_to_expert != current.slot_to_expert).mean()
+    unrelated = (solve(load, topology).slot_to_expert != current.slot_to_expert).mean()
+    assert apart < unrelated
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"policy": "best"}, "policy = 'best': give auto, greedy"),
+        ({"objective": "max"}, "objective = 'max': give windows or mean"),
+        ({"routing": "both"}, "routing = 'both'"),
+        ({"expert_groups": 5}, "expert_groups = 5 does not divide num_experts = 12"),
+        ({"survive_rank_loss": True}, "num_slots >= 24"),
+        ({"max_moves": 3}, "max_moves needs the current placement"),
+        ({"policy": "hierarchical", "expert_groups": 3}, "does not divide among 4 nodes"),
+        ({"load": np.full((1, 12), -1)}, "negative"),
+        ({"load": np.full((1, 12), np.nan)}, "non-finite"),
+        ({"load": np.zeros((1, 0))}, "shape"),
+        ({"load": np.ones((1, 20))}, "num_slots = 16 is less than num_experts = 20"),
+        ({"load": [["a"]]}, "expected numbers"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_is_refused(change: dict[str, object], message: str) -> None:
+    arguments = {"load": np.ones((1, 12)), "topology": Topology.of(8, 16, 2)} | change
+    with pytest.raises(ValueError, match=message):
+        solve(**arguments)  # type: ignore[arg-type]
+
+
+def test_exact_refuses_large_layers() -> None:
+    with pytest.raises(ValueError, match="policy exact is for small layers"):
+        solve(np.ones((1, 128)), Topology.of(16, 144), policy="exact")
+
+
+def test_policies_are_those_of_the_command_line() -> None:
+    assert {"greedy", "robust", "connected", "hierarchical", "exact"} <= set(POLICIES)
