@@ -14,7 +14,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: serve test lint clean
 
 serve: $(VENV)/.serve
-	$(BIN)/moeserve serve --tensor-parallel-size 4 --moe-expert-parallel-size 4 $(ARGS)
+	$(BIN)/moeserve serve --tensor-parallel-size 4 --moe-expert-parallel-size 4 --enable-attention-dp $(ARGS)
 
 test: $(VENV)/.dev
 	$(BIN)/pytest $(ARGS)

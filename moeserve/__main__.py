@@ -7,6 +7,7 @@ import asyncio
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Sequence
 
@@ -136,6 +137,12 @@ def bench(flags: argparse.Namespace) -> int:
     """Load an OpenAI-style server with equal requests and print what its clients saw."""
     from moeserve.bench import Load, as_json, run_load, table
 
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", flags.concurrency):
+        raise ValueError(f"concurrency = {flags.concurrency!r}: must be numbers above 0, such as 1,8,32")
+    for name in ("num_requests", "input_len", "output_len"):
+        value = getattr(flags, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name} = {value}: must be at least 1")
     levels = [int(text) for text in flags.concurrency.split(",")]
     results = []
     for level in levels:
