@@ -1,6 +1,6 @@
 """Balance and speed of the solvers against DeepSeek's greedy, on made-up and recorded loads: one table.
 
-    python tools/bench_policies.py [--traces DIR] [--json FILE] [--quick]
+    python tools/bench_policies.py [--traces DIR] [--json FILE] [--readme FILE] [--quick]
 
 Imbalance is max/mean rank load of one step and layer, averaged over steps and layers. Next-step figures are on
 steps after those that were solved on. `even`: replicas share equally; `global`: parts set anew for each step from
@@ -397,12 +397,27 @@ def _x(value: float, digits: int = 4) -> str:
     return f"{value:.{digits}f}"
 
 
+def _into(path: Path, about: str, table: list[list[str]]) -> None:
+    """Replace what stands between <!-- bench_policies --> and <!-- /bench_policies -->."""
+    start, end = "<!-- bench_policies -->", "<!-- /bench_policies -->"
+    text = path.read_text()
+    if start not in text or end not in text:
+        raise SystemExit(f"{path} has no {start} ... {end}")
+    rows = ["| " + " | ".join(row) + " |" for row in table]
+    rows.insert(1, "|---" * len(table[0]) + "|")
+    before, after = text.split(start)[0], text.split(end)[1]
+    path.write_text("\n".join([before + start, *rows, "", f"({about})", end + after]))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Solvers against DeepSeek's greedy.")
     parser.add_argument(
         "--traces", type=Path, default=Path("../shared/traces"), help="folder of recorded loads"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="the same figures as JSON")
+    parser.add_argument(
+        "--readme", type=Path, metavar="FILE", help="put the table between its marks in this file"
+    )
     parser.add_argument("--quick", action="store_true", help="fewer layers, seeds and steps")
     options = parser.parse_args()
     bench = Bench(options.traces, options.quick)
@@ -426,6 +441,8 @@ def main() -> None:
     head = ["measure", "greedy", "ours", "reach", "aim", "note"]
     cells = [[r.measure, r.greedy, r.ours, r.reach, r.aim, r.note] for r in rows]
     print(render(head, cells))
+    if options.readme:
+        _into(options.readme, "; ".join(f"{key}: {value}" for key, value in about.items()), [head, *cells])
     if options.json:
         options.json.write_text(
             json.dumps({"about": about, "rows": [asdict(r) for r in rows]}, indent=1) + "\n"
