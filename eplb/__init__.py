@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moeserve.eplb.solve import explain, solve
+from moeserve.eplb.solver import explain, solve
 from moeserve.eplb.types import MigrationPlan, Move, Placement, RoutingTable, Topology
 
 __all__ = ["MigrationPlan", "Move", "Placement", "RoutingTable", "Topology", "explain", "solve"]

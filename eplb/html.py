@@ -30,8 +30,18 @@ svg{max-width:100%;height:auto}svg text{fill:var(--soft);font:11px system-ui,san
 _COLOURS = ("var(--a)", "var(--b)", "var(--c)")
 
 
-def page(load: ExpertLoad, topology: Topology, placements: Mapping[str, Placement], report: Report) -> str:
-    """The page of a solve; placements in order, the first being what stands before."""
+Curves = Mapping[str, tuple[Sequence[float], Sequence[float]]]
+
+
+def page(
+    load: ExpertLoad,
+    topology: Topology,
+    placements: Mapping[str, Placement],
+    report: Report,
+    redundancy: Curves,
+) -> str:
+    """The page of a solve; placements in order, the first being what stands before; redundancy: held-out imbalance
+    over redundant slots."""
     about = report.about
     body = [
         f"<h1>Expert load balance of {html.escape(str(about['model'] or 'an unnamed model'))}</h1>",
@@ -42,6 +52,9 @@ def page(load: ExpertLoad, topology: Topology, placements: Mapping[str, Placemen
         f"{about['held_out']} of {about['windows']} windows, measured on them.</p>",
         _table(report),
         *_plots(load, topology, placements),
+        "<h2>Redundancy</h2><p class=note>Held-out imbalance by redundant slots on as many ranks: with replicas "
+        "sharing equally, and with parts set anew for each window's load.</p>",
+        lines(redundancy, "redundant slots", "max / mean"),
     ]
     return document(f"Expert load balance of {about['model'] or 'a model'}", body)
 
@@ -111,7 +124,7 @@ def _table(report: Report) -> str:
     return f"<table>{''.join(rows)}</table>"
 
 
-def lines(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], x_name: str, y_name: str) -> str:
+def lines(curves: Curves, x_name: str, y_name: str) -> str:
     """An SVG line plot of named (x, y) curves."""
     width, height, left, bottom = 900, 260, 50, 34
     xs = [x for curve, _ in curves.values() for x in curve]

@@ -19,7 +19,7 @@ from moeserve.eplb.migration import Traffic, plan_migration, traffic
 from moeserve.eplb.policies import POLICIES
 from moeserve.eplb.policies.problem import Problem
 from moeserve.eplb.routing import static_shares, step_shares
-from moeserve.eplb.solve import explain
+from moeserve.eplb.solver import explain
 from moeserve.eplb.types import Floats, Ints, MigrationPlan, Placement, Topology
 
 Routing = Literal["even", "shares", "step"]

@@ -15,7 +15,7 @@ import numpy as np
 from moeserve.eplb.load import ExpertLoad
 from moeserve.eplb.metrics import FORMULA, Balance, balance, imbalance, moves_between, rank_load
 from moeserve.eplb.routing import step_shares
-from moeserve.eplb.solve import Solution
+from moeserve.eplb.solver import Solution
 from moeserve.eplb.table import number, paint, render
 from moeserve.eplb.types import Floats, Placement, Topology
 
@@ -113,10 +113,17 @@ def make_report(
         "policy": solution.policy,
         "reason": solution.reason,
         "seconds": round(seconds, 4),
+        "moves": moves,
+        "gain_per_move": _gain_per_move(lines[0], lines[3], moves),
         "survives_rank_loss": solution.placement.survives_rank_loss(topology),
         "digest": solution.placement.digest,
     }
     return Report(about, lines)
+
+
+def _gain_per_move(before: Line, after: Line, moves: int) -> float | None:
+    """Imbalance (in sample, mean over layers) that each move takes away."""
+    return round((before.in_sample.mean - after.in_sample.mean) / moves, 7) if moves else None
 
 
 def _step_balance(load: ExpertLoad, placement: Placement, topology: Topology) -> Balance:
@@ -161,6 +168,11 @@ def render_report(report: Report, colour: bool = False) -> str:
             ]
         )
     lines.append(render(head, rows, left=2, colour=colour, mark=len(rows) - 2))
+    if about["gain_per_move"] is not None:
+        lines += [
+            "",
+            f"{about['moves']} moves, {about['gain_per_move'] * about['layers']:.5f} of a layer's imbalance each",
+        ]
     lines += [
         "",
         paint(

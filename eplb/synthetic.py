@@ -59,7 +59,8 @@ class Traffic:
         """[steps, D] part of each domain in each step.
 
         steady: one mean mix. drift: the mean wanders from one mix to another over the run. burst: now and then
-        one domain takes most of the traffic for 10 to 40 steps. Steps scatter about the mean (Dirichlet).
+        one domain takes half of the traffic for 4 to 16 steps. Steps scatter about the mean (Dirichlet). The sizes
+        are such that DeepSeek's greedy comes to the next-step imbalance that was measured for it.
         """
         rng = np.random.default_rng(seed + 1)
         domains = self.popularity.shape[0]
@@ -69,9 +70,9 @@ class Traffic:
         if scenario == "burst":
             at = 0
             while at < steps:
-                at += int(rng.integers(5, 40))
-                length = int(rng.integers(10, 40))
-                mean[at : at + length] = 0.6 * start + 0.4 * np.eye(domains)[rng.integers(domains)]
+                at += int(rng.integers(4, 24))
+                length = int(rng.integers(4, 16))
+                mean[at : at + length] = 0.48 * start + 0.52 * np.eye(domains)[rng.integers(domains)]
                 at += length
         gamma = rng.gamma(np.maximum(mean * concentration, 1e-3))
         mix: Floats = gamma / gamma.sum(axis=1, keepdims=True)

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from moeserve import __version__
 from moeserve.eplb import Placement, Topology, explain, solve
-from moeserve.eplb.metrics import balance, imbalance, rank_load
+from moeserve.eplb.metrics import balance, imbalance, moves_between, rank_load
 from moeserve.eplb.native import kernels
 from moeserve.eplb.policies.problem import Problem
 from moeserve.eplb.policies.robust import fast
@@ -183,9 +183,7 @@ class Bench:
             steps = self.steps(scenario, 1, 24 * 32)  # type: ignore[arg-type]
             windows = steps.reshape(24, 32, *steps.shape[1:])
             found = {
-                "greedy": self.serve(
-                    windows, Settings(policy="greedy", min_gain=0.0, windows=8, routing="even")
-                ),
+                "greedy": self.serve_greedy(windows),
                 "even": self.serve(
                     windows, Settings(max_moves_per_layer=8, min_gain=0.003, windows=8, routing="even")
                 ),
@@ -235,6 +233,18 @@ class Bench:
             if decision.plan is not None:
                 moves += decision.moves
                 balancer.applied(decision.plan.new)
+        return float(np.mean(even)), float(np.mean(shares)), moves / windows.shape[2] / (len(windows) - 1)
+
+    def serve_greedy(self, windows: Counts) -> tuple[float, float, float]:
+        """The same for DeepSeek's greedy, solved from scratch on each window and put in force as it is."""
+        placement = solve(windows[0], self.topology, policy="greedy", routing="even")
+        even, shares, moves = [], [], 0
+        for window in windows[1:]:
+            even.append(balance(window[::4], placement, self.topology, even=True).mean)
+            shares.append(float(imbalance(step_shares(placement, window[::4], self.topology)[1]).mean()))
+            new = solve(window, self.topology, policy="greedy", routing="even")
+            moves += int(moves_between(placement, new, self.topology).sum())
+            placement = new
         return float(np.mean(even)), float(np.mean(shares)), moves / windows.shape[2] / (len(windows) - 1)
 
     def real_tokens(self) -> list[Row]:

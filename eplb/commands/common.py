@@ -17,6 +17,9 @@ from moeserve.eplb.types import Placement, Topology
 
 def stats_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("stats", metavar="STATS", help="file or folder of expert load, of any engine")
+    parser.add_argument(
+        "--raw-shape", type=raw_shape, metavar="L,K", help="layers and top_k of raw int32 expert ids"
+    )
     parser.add_argument("--phase", choices=("prefill", "decode", "all"), default="all", help="windows to use")
 
 
@@ -44,8 +47,15 @@ def _report_kind(text: str) -> str:
     raise argparse.ArgumentTypeError(f"{text!r}: give table, json or html=FILE")
 
 
+def raw_shape(text: str) -> tuple[int, int]:
+    parts = text.split(",")
+    if len(parts) != 2 or not all(part.strip().isdigit() for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r}: give layers,top_k")
+    return int(parts[0]), int(parts[1])
+
+
 def load_of(options: argparse.Namespace) -> ExpertLoad:
-    load = read_load(options.stats)
+    load = read_load(options.stats, options.raw_shape)
     return load.of_phase(options.phase)
 
 

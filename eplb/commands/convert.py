@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from moeserve.eplb.commands.common import raw_shape
 from moeserve.eplb.formats.detect import read_load
 from moeserve.eplb.formats.files import named, read_bytes, write_text
 from moeserve.eplb.formats.placements import FORMATS, Known, format_as, read_any_placement
@@ -31,7 +32,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-hidden-layers", type=int, metavar="N", help="of the model, for sglang")
     parser.add_argument("--layer-updates-per-iter", type=int, default=0, metavar="N", help="for trtllm")
     parser.add_argument(
-        "--raw-shape", type=_shape, metavar="L,K", help="layers and top_k of raw int32 expert ids"
+        "--raw-shape", type=raw_shape, metavar="L,K", help="layers and top_k of raw int32 expert ids"
     )
 
 
@@ -46,13 +47,6 @@ def _layers(text: str) -> list[int]:
     if found != sorted(set(found)) or not found or found[0] < 0 or len(found) > 100_000:
         raise argparse.ArgumentTypeError(f"{text!r}: give ascending layer ids")
     return found
-
-
-def _shape(text: str) -> tuple[int, int]:
-    parts = text.split(",")
-    if len(parts) != 2 or not all(part.strip().isdigit() for part in parts):
-        raise argparse.ArgumentTypeError(f"{text!r}: give layers,top_k")
-    return int(parts[0]), int(parts[1])
 
 
 def run(options: argparse.Namespace) -> None:

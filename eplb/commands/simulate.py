@@ -21,7 +21,7 @@ from moeserve.eplb.formats.placements import Known, read_any_placement
 from moeserve.eplb.migration import plan_migration
 from moeserve.eplb.policies.greedy import greedy
 from moeserve.eplb.policies.problem import Problem
-from moeserve.eplb.solve import explain
+from moeserve.eplb.solver import explain
 from moeserve.eplb.table import render
 from moeserve.eplb.types import Placement
 

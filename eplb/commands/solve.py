@@ -19,6 +19,7 @@ from moeserve.eplb.commands.common import (
     topology_arguments,
     topology_of,
 )
+from moeserve.eplb.commands.sweep import curves_of, measure, sizes_of
 from moeserve.eplb.formats import placements
 from moeserve.eplb.formats.files import write_text
 from moeserve.eplb.formats.placement import PlacementFile, read_placement
@@ -29,7 +30,7 @@ from moeserve.eplb.policies import POLICIES
 from moeserve.eplb.policies.greedy import greedy
 from moeserve.eplb.policies.problem import Problem
 from moeserve.eplb.report import Report, make_report, render_report
-from moeserve.eplb.solve import Solution, explain
+from moeserve.eplb.solver import Solution, explain
 from moeserve.eplb.types import Placement, Topology
 
 
@@ -106,7 +107,14 @@ def run(options: argparse.Namespace) -> None:
     if not options.quiet:
         stream = sys.stdout if options.output else sys.stderr
         table = render_report(report, colours(stream))
-        html = page(load, topology, {name: standing, "solved": solution.placement}, report)
+        html = ""
+        if options.report.startswith("html="):
+            points = measure(
+                load, sizes_of(load, [topology.num_ranks], None), topology.ranks_per_node, options.holdout
+            )
+            html = page(
+                load, topology, {name: standing, "solved": solution.placement}, report, curves_of(points)
+            )
         publish(options.report, table, report.document(), html, stream)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
 from moeserve.eplb.commands.common import colours, load_of, publish, report_arguments, stats_argument
@@ -11,7 +12,7 @@ from moeserve.eplb.html import document, lines
 from moeserve.eplb.load import ExpertLoad
 from moeserve.eplb.metrics import FORMULA, balance, imbalance
 from moeserve.eplb.routing import step_shares
-from moeserve.eplb.solve import explain
+from moeserve.eplb.solver import explain
 from moeserve.eplb.table import number, progress, render
 from moeserve.eplb.types import Topology
 
@@ -65,46 +66,54 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError(
             "give --ep-sizes, one rank at least: the file does not say on how many it was recorded"
         )
-    asked = []
-    for ranks in sizes:
-        fill = -load.num_experts % ranks
-        wanted = options.redundant if options.redundant is not None else [fill + k * ranks for k in range(5)]
-        asked += [
-            (ranks, r)
-            for r in wanted
-            if (load.num_experts + r) % ranks == 0 and r <= load.num_experts * (ranks - 1)
-        ]
-    if not asked:
-        raise ValueError(
-            f"no size fits: num_experts + redundant must be divisible by the ranks, num_experts = {load.num_experts}"
-        )
-    points = [
-        _measure(load, ranks, redundant, options.ranks_per_node, options.holdout)
-        for ranks, redundant in progress(asked, len(asked), "sweep", options.quiet)
-    ]
+    asked = sizes_of(load, sizes, options.redundant)
+    points = measure(
+        load, progress(asked, len(asked), "sweep", options.quiet), options.ranks_per_node, options.holdout
+    )
     points = _mark_knees(points)
     if options.quiet:
         return
-    curves = {
-        f"{ranks} ranks, {split}": (
-            [p.redundant for p in points if p.ep_size == ranks],
-            [getattr(p, split) for p in points if p.ep_size == ranks],
-        )
-        for ranks in sizes
-        for split in ("even", "step")
-        if any(p.ep_size == ranks for p in points)
-    }
     title = f"Redundancy of {load.model or 'a model'}"
     page = document(
         title,
         [
             f"<h1>{title}</h1>",
             f"<p class=note>Held-out imbalance: {FORMULA}.</p>",
-            lines(curves, "redundant slots", "max / mean"),
+            lines(curves_of(points), "redundant slots", "max / mean"),
         ],
     )
     document_ = {"formula": FORMULA, "held_out": True, "points": [asdict(p) for p in points]}
     publish(options.report, _table(points, colours(sys.stdout)), document_, page, sys.stdout)
+
+
+def sizes_of(load: ExpertLoad, sizes: list[int], redundant: list[int] | None) -> list[tuple[int, int]]:
+    """(ranks, redundant slots) that are possible; without redundant, 0 to 4 slots a rank. ValueError if none is."""
+    asked = []
+    for ranks in sizes:
+        fill = -load.num_experts % ranks
+        wanted = [fill + k * ranks for k in range(5)] if redundant is None else redundant
+        most = load.num_experts * (ranks - 1)
+        asked += [(ranks, r) for r in wanted if (load.num_experts + r) % ranks == 0 and r <= most]
+    if not asked:
+        raise ValueError(
+            f"no size fits: num_experts + redundant must divide by the ranks, num_experts = {load.num_experts}"
+        )
+    return asked
+
+
+def measure(load: ExpertLoad, sizes: Iterable[tuple[int, int]], per_node: int, holdout: float) -> list[Point]:
+    return [_measure(load, ranks, redundant, per_node, holdout) for ranks, redundant in sizes]
+
+
+def curves_of(points: list[Point]) -> dict[str, tuple[list[float], list[float]]]:
+    """Imbalance over redundant slots, a curve for each number of ranks and split."""
+    curves: dict[str, tuple[list[float], list[float]]] = {}
+    for point in points:
+        for split, value in (("even", point.even), ("step", point.step)):
+            xs, ys = curves.setdefault(f"{point.ep_size} ranks, {split}", ([], []))
+            xs.append(point.redundant)
+            ys.append(value)
+    return curves
 
 
 def _measure(load: ExpertLoad, ranks: int, redundant: int, per_node: int, holdout: float) -> Point:

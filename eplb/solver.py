@@ -102,6 +102,8 @@ def explain(
             slots = keep_in_place(current.slot_to_expert, slots, topology)
     generation = 0 if current is None else current.generation + 1
     placement = Placement(slots, problem.num_experts, generation)
+    if survive_rank_loss and not placement.survives_rank_loss(topology):
+        raise ValueError(f"policy {name} cannot keep every expert on two ranks here; use robust")
     if routing == "shares" and problem.redundant:
         shares = static_shares(placement, problem.windows, topology)
         placement = Placement(slots, problem.num_experts, generation, shares)
