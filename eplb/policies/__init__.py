@@ -8,7 +8,7 @@ from moeserve.eplb.policies.exact import exact
 from moeserve.eplb.policies.greedy import greedy
 from moeserve.eplb.policies.hierarchical import hierarchical, not_hierarchical
 from moeserve.eplb.policies.problem import Problem
-from moeserve.eplb.policies.robust import connected, fast, robust
+from moeserve.eplb.policies.robust import SKEWED, connected, fast, robust
 from moeserve.eplb.policies.search import SMALL
 from moeserve.eplb.types import Ints
 
@@ -38,7 +38,13 @@ def choose(problem: Problem) -> tuple[str, str]:
     if redundant == 0:
         return "robust", "no redundant slot: nothing for routing weights to choose from"
     if not problem.weighted:
-        return "robust", "replicas will share evenly"
+        hottest = float(problem.prepared[1].max())
+        skew = (
+            f"; an expert of {hottest:.2f} rank loads: other replica counts are tried"
+            if hottest > SKEWED
+            else ""
+        )
+        return "robust", f"replicas will share evenly{skew}"
     if problem.num_windows == 1 and topology.num_slots <= SMALL:
         return "robust", f"one window and {topology.num_slots} slots: small enough to search for the best"
     if topology.slots_per_rank < 3:

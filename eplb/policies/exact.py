@@ -60,7 +60,9 @@ def _solve_layer(problem: Problem, load: Floats) -> Ints:
         for col, value in zip(cols, values, strict=True)
     ]
     at, columns, values = (np.array(part) for part in zip(*index, strict=True))
-    matrix = coo_array((values, (at, columns)), shape=(len(rows), theta + 1))
+    matrix = coo_array(
+        (values, (at.astype(np.int32), columns.astype(np.int32))), shape=(len(rows), theta + 1)
+    )
     limits = LinearConstraint(matrix.tocsr(), [row[2] for row in rows], [row[3] for row in rows])
     upper = np.ones(theta + 1)
     upper[theta] = np.inf

@@ -17,7 +17,7 @@ from moeserve.eplb.policies.problem import Problem, rank_major
 from moeserve.eplb.policies.search import SMALL, search
 from moeserve.eplb.types import Floats, Ints, Topology
 
-_SKEWED = 0.8  # mean load of one expert, in rank loads, from which other replica counts are tried
+SKEWED = 0.8  # mean load of one expert, in rank loads, from which other replica counts are tried
 _LEVELS = (1.25, 1.12, 1.06, 1.03, 1.01, 0.95, 0.85, 0.75, 0.65, 0.5, 0.4, 0.3)
 
 
@@ -100,7 +100,7 @@ def _screen(problem: Problem, weight: Singles, count: Ints, mean: Floats, z: flo
     For a level tau the hot experts get as many replicas as bring each below tau, and what is left goes one each
     to the largest experts that have a single one. The best by mean over the windows of the highest rank load.
     """
-    skewed = np.flatnonzero(mean.max(axis=1) > _SKEWED)
+    skewed = np.flatnonzero(mean.max(axis=1) > SKEWED)
     if not len(skewed) or problem.redundant == 0:
         return count
     ranks, slots = problem.topology.num_ranks, problem.topology.num_slots
