@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TextIO, TypeVar
 
 T = TypeVar("T")
@@ -56,6 +58,31 @@ def progress(items: Iterable[T], total: int, name: str, quiet: bool = False) -> 
     if drawn:
         stream.write("\r\x1b[K")
         stream.flush()
+
+
+@contextmanager
+def working(name: str, quiet: bool = False) -> Iterator[None]:
+    """A line on standard error that counts seconds, when that is a terminal and the block takes over a second."""
+    done = threading.Event()
+
+    def count() -> None:
+        start, stream = time.monotonic(), sys.stderr
+        while not done.wait(1.0):
+            stream.write(f"\r{name} {time.monotonic() - start:.0f} s ")
+            stream.flush()
+        if time.monotonic() - start > 1.0:
+            stream.write("\r\x1b[K")
+            stream.flush()
+
+    thread = threading.Thread(target=count, daemon=True)
+    if not quiet and sys.stderr.isatty():
+        thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        if thread.ident is not None:
+            thread.join()
 
 
 def number(value: float | None, digits: int = 4) -> str:

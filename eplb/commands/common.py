@@ -11,7 +11,7 @@ from typing import Any, TextIO
 from moeserve.eplb.formats.detect import read_load
 from moeserve.eplb.formats.files import write_text
 from moeserve.eplb.load import ExpertLoad
-from moeserve.eplb.table import on_terminal
+from moeserve.eplb.table import on_terminal, working
 from moeserve.eplb.types import Placement, Topology
 
 
@@ -55,7 +55,8 @@ def raw_shape(text: str) -> tuple[int, int]:
 
 
 def load_of(options: argparse.Namespace) -> ExpertLoad:
-    load = read_load(options.stats, options.raw_shape)
+    with working("reading", options.quiet):
+        load = read_load(options.stats, options.raw_shape)
     return load.of_phase(options.phase)
 
 

@@ -31,6 +31,7 @@ from moeserve.eplb.policies.greedy import greedy
 from moeserve.eplb.policies.problem import Problem
 from moeserve.eplb.report import Report, make_report, render_report
 from moeserve.eplb.solver import Solution, explain
+from moeserve.eplb.table import working
 from moeserve.eplb.types import Placement, Topology
 
 
@@ -96,7 +97,8 @@ def run(options: argparse.Namespace) -> None:
     if not 0 <= options.holdout < 1:
         raise ValueError(f"--holdout {options.holdout}: give a fraction from 0 to below 1")
     start = time.perf_counter()
-    solution = solver(load)
+    with working("solving", options.quiet):
+        solution = solver(load)
     seconds = time.perf_counter() - start
     standing, name = (current, "current") if current is not None else in_force(load, topology)
     report = make_report(
