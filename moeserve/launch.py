@@ -91,6 +91,9 @@ class RankSet:
     def start(self) -> None:
         """Start the ranks and listen to them; returns before they are ready. Call inside the event loop."""
         places = self._places()
+        # Threads that spin while they wait hold the cores that the front-end and other ranks need: on a busy
+        # machine a step then takes many scheduler ticks. Read when the ranks' fork server imports torch.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         self._socket = zmq.asyncio.Context.instance().socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.set_hwm(0)

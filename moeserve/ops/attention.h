@@ -191,8 +191,11 @@ int FN(moeserve_paged_attention)(const elem *q, const elem *keys, const elem *va
     long most = used * op.group / QUERY_ROWS + sequences;
     int32_t(*tiles)[2] = scratch((size_t)(most + 1) * sizeof *tiles);
     if (!tiles) return -1;
+    long cached = 0, pairs = 0;  /* tokens read, and (query, token) pairs at most */
     for (long sequence = 0; sequence < sequences; sequence++) {
         long count = (query_start[sequence + 1] - query_start[sequence]) * op.group;
+        cached += context_len[sequence];
+        pairs += count * context_len[sequence];
         for (long first = 0; first < count; first += QUERY_ROWS) {
             tiles[op.num_tiles][0] = (int32_t)sequence;
             tiles[op.num_tiles++][1] = (int32_t)first;
@@ -201,6 +204,8 @@ int FN(moeserve_paged_attention)(const elem *q, const elem *keys, const elem *va
     op.tiles = (const int32_t(*)[2])tiles;
     long row_size = op.kv_heads * op.group * op.value_size;
     memset(out + used * row_size, 0, (size_t)((rows - used) * row_size) * sizeof(elem));
-    for_each_item(op.num_tiles * op.kv_heads, threads, FN(attention_item), &op);
+    long elements = op.kv_heads * (op.size + op.value_size);
+    for_each_item(op.num_tiles * op.kv_heads,
+                  worth(cached * elements * (long)sizeof(elem), pairs * elements, threads), FN(attention_item), &op);
     return 0;
 }

@@ -147,5 +147,7 @@ void FN(moeserve_linear)(const elem *x, const elem *weight, const elem *bias, el
     struct FN(linear) op = {x, weight, bias, out, rows, columns, k, heads, x_row, x_head, FN(block_columns)(k), 0, 0};
     op.row_blocks = ceil_div(rows, BLOCK_ROWS);
     op.column_blocks = ceil_div(columns, op.columns_per_item);
-    for_each_item(op.row_blocks * op.column_blocks * heads, threads, FN(linear_item), &op);
+    long weights = heads * columns * k;
+    for_each_item(op.row_blocks * op.column_blocks * heads,
+                  worth(weights * (long)sizeof(elem), rows * weights, threads), FN(linear_item), &op);
 }

@@ -61,10 +61,11 @@ static void FN(down_item)(void *argument, long item) {
 
 /* Cut every slot's rows (counts[s] of them, in slot order) into panels and run both passes. */
 static void FN(run_experts)(struct FN(experts) *op, const int64_t *counts, long slots, int threads) {
-    long first = 0;
+    long first = 0, active = 0, weights = op->inner * op->size;
     op->num_panels = 0;
     for (long slot = 0; slot < slots; slot++) {
         long left = counts[slot];
+        active += left > 0;
         for (long pieces = ceil_div(left, BLOCK_ROWS); pieces > 0; pieces--) {
             long rows = ceil_div(left, pieces);
             op->panels[op->num_panels++] = (struct FN(panel)){slot, first, rows};
@@ -72,9 +73,11 @@ static void FN(run_experts)(struct FN(experts) *op, const int64_t *counts, long 
         }
     }
     op->columns_per_item = FN(block_columns)(op->size) / 2 / TILE_COLUMNS * TILE_COLUMNS;
-    for_each_item(op->num_panels * ceil_div(op->inner, op->columns_per_item), threads, FN(gate_up_item), op);
+    for_each_item(op->num_panels * ceil_div(op->inner, op->columns_per_item),
+                  worth(active * 2 * weights * (long)sizeof(elem), first * 2 * weights, threads), FN(gate_up_item), op);
     op->columns_per_item = FN(block_columns)(op->inner);
-    for_each_item(op->num_panels * ceil_div(op->size, op->columns_per_item), threads, FN(down_item), op);
+    for_each_item(op->num_panels * ceil_div(op->size, op->columns_per_item),
+                  worth(active * weights * (long)sizeof(elem), first * weights, threads), FN(down_item), op);
 }
 
 /* rows [N, size] sorted by slot, counts int64 [slots] summing to N at most -> out [N, size]. Returns 0, -1 for want

@@ -36,6 +36,16 @@ static void take_items(void *pointer) {
     }
 }
 
+#define BYTES_PER_NANOSECOND 16          /* that one core reads from memory, about */
+#define MULTIPLY_ADDS_PER_NANOSECOND 64  /* and computes */
+#define NANOSECONDS_PER_THREAD 100000    /* of work; less is not worth a wake-up, and a wait if its core is taken */
+
+/* How many of `threads` to use for work that reads so many bytes of weights or cache and computes so much. */
+static int worth(long bytes, long multiply_adds, int threads) {
+    long nanoseconds = max_long(bytes / BYTES_PER_NANOSECOND, multiply_adds / MULTIPLY_ADDS_PER_NANOSECOND);
+    return (int)max_long(1, min_long(threads, nanoseconds / NANOSECONDS_PER_THREAD));
+}
+
 /* run(argument, i) for i in 0..count-1, in any order, on at most `threads` threads. */
 static void for_each_item(long count, int threads, item_fn *run, void *argument) {
     struct work work = {run, argument, count, 0};
