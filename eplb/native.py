@@ -224,7 +224,7 @@ def _library() -> ctypes.CDLL | None:
                 return ctypes.CDLL(str(target))
             except (OSError, subprocess.SubprocessError) as error:
                 logger.debug("kernels.c with %s in %s: %s", flags[-1], folder, error)
-    logger.info("no C compiler that works: the solvers run in numpy, some 50 times slower")
+    logger.info("no C compiler that works: the solvers run in numpy, much slower")
     return None
 
 

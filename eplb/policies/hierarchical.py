@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moeserve.eplb.policies.problem import Problem, rank_major
-from moeserve.eplb.policies.robust import Effort, order_of, refine
+from moeserve.eplb.policies.robust import effort_for, order_of, refine
 from moeserve.eplb.types import Floats, Ints
 
 _MOST_PACKINGS = 3000
@@ -26,7 +26,7 @@ def hierarchical(problem: Problem) -> Ints:
     reason = not_hierarchical(problem)
     if reason:
         raise ValueError(f"policy hierarchical: {reason}")
-    effort = Effort() if problem.num_windows > 1 else Effort(z=0.0, least_gain=1e-4)
+    effort = effort_for(problem)
     load, mean, std = problem.prepared
     groups, layers = problem.expert_groups, problem.num_layers
     size = problem.num_experts // groups

@@ -26,19 +26,19 @@ class Effort:
     """z: standard deviations of risk. rounds: tries of the refinement a layer; 0 leaves the first placement."""
 
     z: float = 1.0
-    rounds: int = 48
+    rounds: int = 96
     patience: int = 2
     least_gain: float = 1e-2
 
 
 def robust(problem: Problem, effort: Effort | None = None) -> Ints:
     """slots [L, P] for replicas that share evenly."""
-    return place(problem, connect=False, effort=effort or _effort(problem))
+    return place(problem, connect=False, effort=effort or effort_for(problem))
 
 
 def connected(problem: Problem, effort: Effort | None = None) -> Ints:
     """slots [L, P] for replicas that share by weights; ranks form one component where redundancy allows."""
-    return place(problem, connect=True, effort=effort or _effort(problem))
+    return place(problem, connect=True, effort=effort or effort_for(problem))
 
 
 def fast(problem: Problem) -> Ints:
@@ -46,8 +46,9 @@ def fast(problem: Problem) -> Ints:
     return place(problem, connect=False, effort=Effort(z=0.0, rounds=0))
 
 
-def _effort(problem: Problem) -> Effort:
-    return Effort() if problem.num_windows > 1 else Effort(z=0.0, least_gain=1e-4)
+def effort_for(problem: Problem) -> Effort:
+    """One window says nothing of scatter; there the highest rank alone counts, and it pays to look longer."""
+    return Effort() if problem.num_windows > 1 else Effort(z=0.0, rounds=200, patience=4, least_gain=1e-4)
 
 
 def place(problem: Problem, connect: bool, effort: Effort) -> Ints:
