@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 
 from moeserve.eplb.policies.problem import Problem
@@ -72,14 +77,28 @@ def _solve_layer(problem: Problem, load: Floats) -> Ints:
     cost[theta] = 1.0
     whole = np.ones(theta + 1)
     whole[theta] = 0
-    found = milp(
-        cost,
-        integrality=whole,
-        bounds=Bounds(lower, upper),
-        constraints=limits,
-        options={"time_limit": _SECONDS},
-    )
-    if found.x is None:
-        raise ValueError(f"policy exact found no placement within {_SECONDS:.0f} s; use robust")
+    with _stdout_to_stderr():
+        found = milp(
+            cost,
+            integrality=whole,
+            bounds=Bounds(lower, upper),
+            constraints=limits,
+            options={"time_limit": _SECONDS},
+        )
+    if found.x is None or found.status != 0:
+        raise ValueError(f"policy exact could not prove a best placement within {_SECONDS:.0f} s; use robust")
     chosen = found.x[:num_z].reshape(experts, len(copies), ranks).sum(axis=1) > 0.5
     return np.concatenate([np.flatnonzero(chosen[:, g]) for g in range(ranks)]).astype(np.int32)
+
+
+@contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """The MILP library now and then prints to file descriptor 1, where the placement may be going."""
+    sys.stdout.flush()
+    saved = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 1)
+        os.close(saved)
