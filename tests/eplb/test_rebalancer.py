@@ -167,3 +167,14 @@ def test_service_answers_like_the_rebalancer_and_survives_crashes() -> None:
     finally:
         service.close()
     assert service.state == "closed"
+
+
+@pytest.mark.multi_rank
+def test_a_solver_that_hangs_is_given_up() -> None:
+    service = RebalanceService(Placement.identity(4, 64, 72), TOPOLOGY, solve_timeout=0.0, max_restarts=0)
+    try:
+        service.request()
+        assert "no answer in 0 s" in _answer(service).error
+        assert service.state == "dead"
+    finally:
+        service.close()
