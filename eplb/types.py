@@ -291,9 +291,9 @@ class MigrationPlan:
     """How the placement `new` is reached from the one of old_generation.
 
     layers[i] = (layer, rounds), layer being a row of the placement; only layers that change are named, those
-    whose shares alone change with no round. Each round is a tuple of moves that may run at the same time. In order of the
-    rounds no slot is overwritten before its last reader has finished: sources are read as they stood before
-    the round, so a round may also swap slots if the mover stages what it receives.
+    whose shares alone change with no round. Each round is a tuple of moves that may run at the same time. In
+    order of the rounds no slot is overwritten before its last reader has finished: sources are read as they
+    stood before the round, so a round may also swap slots if the mover stages what it receives.
     """
 
     old_generation: int
