@@ -78,7 +78,8 @@ class EnginePlan:
                 int(free_bytes * cache.free_gpu_memory_fraction) // self.weight_bytes().kv_bytes_per_token
             )
             if self.device == "cpu":
-                tokens = min(tokens, self.config.max_batch_size * self.max_seq_len)
+                pages = -(-self.max_seq_len // page)  # a sequence shares its last page with nobody
+                tokens = min(tokens, self.config.max_batch_size * pages * page)
         if tokens < page:
             raise ValueError(
                 f"kv_cache_config: the cache holds {max(tokens, 0)} tokens, less than a page of {page} "

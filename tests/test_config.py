@@ -119,6 +119,13 @@ def test_every_spelling_of_a_flag() -> None:
     assert parse_arguments(["--served-model-name", "123"]).served_model_name == "123"
 
 
+@pytest.mark.parametrize("max_seq_len", [20, 100])
+def test_the_cache_of_a_single_seat_holds_the_longest_sequence(max_seq_len: int) -> None:
+    arguments = ["--device", "cpu", "--max-batch-size", "1", "--max-seq-len", str(max_seq_len)]
+    plan = make_plan(parse_arguments(arguments))
+    assert max_seq_len <= plan.kv_tokens(1 << 30) < max_seq_len + plan.config.kv_cache_config.tokens_per_block
+
+
 def test_the_contract_s_example_is_read() -> None:
     example = """
 tensor_parallel_size: 8
