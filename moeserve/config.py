@@ -92,8 +92,12 @@ class EngineConfig:
     host: str = setting("127.0.0.1", "address to listen on")
     port: int = setting(8000, "port to listen on", low=0, high=65535)
     api_key: str | None = setting(None, "key that clients must send; several separated by commas")
-    max_queued_requests: int = setting(1024, "requests under way before new ones get 429", low=1)
-    max_queued_tokens: int | None = setting(None, "prompt tokens under way before 429; null: no cap", low=1)
+    max_queued_requests: int = setting(
+        1024, "sequences that may wait for a seat before new ones get 429", low=1
+    )
+    max_queued_tokens: int | None = setting(
+        None, "prompt tokens that may wait before 429; null: no cap", low=1
+    )
     request_timeout: float | None = setting(None, "seconds a request may take; null: no limit", low=0.001)
     drain_timeout: float = setting(60.0, "seconds that running requests get after SIGTERM", low=0)
     metrics_compat: Literal["vllm", "sglang", "none"] = setting("vllm", "whose metric names to add")
@@ -152,6 +156,8 @@ def _coerce(kind: Any, value: Any, name: str) -> Any:
     if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
         words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
         raise ValueError(f"{name} = {value!r}: must be {words[kind]}")
+    if kind is str and not value.strip():  # mostly an unset variable of a shell: api_key would guard nothing
+        raise ValueError(f"{name} = {value!r}: is empty; leave it out or give it a value")
     return value
 
 

@@ -28,6 +28,16 @@ def with_tokenizer(plan: EnginePlan) -> tuple[EnginePlan, Tokenizer]:
     return replace(plan, eos_token_ids=tuple(sorted(tokenizer.eos_token_ids))), tokenizer
 
 
+def api_keys(setting: str | None) -> tuple[str, ...]:
+    """The keys of a comma-separated list; none for None. Raises ValueError for a list without a key."""
+    if setting is None:
+        return ()
+    keys = tuple(key.strip() for key in setting.split(",") if key.strip())
+    if not keys:
+        raise ValueError(f"api_key = {setting!r}: holds no key; leave it out or give one")
+    return keys
+
+
 def server_settings(plan: EnginePlan) -> ServerSettings:
     config, moe = plan.config, plan.spec.moe
     return ServerSettings(
@@ -37,8 +47,9 @@ def server_settings(plan: EnginePlan) -> ServerSettings:
         num_ranks=plan.layout.world_size,
         num_moe_layers=len(plan.spec.moe_layers),
         top_k=moe.routing.top_k if moe is not None else 0,
-        config_hash=hashlib.sha256(repr(plan.config).encode()).hexdigest()[:10],
-        api_keys=tuple(key.strip() for key in (config.api_key or "").split(",") if key.strip()),
+        # public, so not of the key: who knows the rest could try keys against it
+        config_hash=hashlib.sha256(repr(replace(config, api_key=None)).encode()).hexdigest()[:10],
+        api_keys=api_keys(config.api_key),
         max_queued_requests=config.max_queued_requests,
         max_queued_tokens=config.max_queued_tokens,
         request_timeout=config.request_timeout,

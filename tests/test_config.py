@@ -8,6 +8,7 @@ import yaml
 
 from moeserve.config import EngineConfig, add_model_and_flags, parse, parse_arguments
 from moeserve.plan import check_local_ranks, describe, make_plan
+from moeserve.serving import api_keys, server_settings
 
 BAD_SETTINGS = [  # command line, and what the answer must name
     (["--tensor-parallel-size", "0"], "tensor_parallel_size = 0: must be at least 1"),
@@ -46,6 +47,8 @@ BAD_SETTINGS = [  # command line, and what the answer must name
         "max_seq_len = 512: kv_cache_config.max",
     ),
     (["--port", "70000"], "port = 70000: must be from 0 to 65535"),
+    (["--host", ""], "host = '': is empty"),
+    (["--api-key", ""], "api_key = '': is empty"),
     (
         ["--kv-cache-config.free-gpu-memory-fraction", "0"],
         "free_gpu_memory_fraction = 0.0: must be from 0.01",
@@ -117,6 +120,20 @@ def test_every_spelling_of_a_flag() -> None:
     assert parse_arguments(["--enable-attention-dp"]).enable_attention_dp
     assert not parse_arguments(["--enable_attention_dp", "false"]).enable_attention_dp
     assert parse_arguments(["--served-model-name", "123"]).served_model_name == "123"
+
+
+def test_a_list_of_keys_holds_one_at_least() -> None:
+    assert api_keys(" a, b,") == ("a", "b")
+    with pytest.raises(ValueError, match="api_key = ' ,': holds no key"):
+        api_keys(" ,")
+
+
+def test_the_public_fingerprint_does_not_depend_on_the_key() -> None:
+    settings = [
+        server_settings(make_plan(parse_arguments(["--device", "cpu", *key])))
+        for key in (["--api-key", "a"], [])
+    ]
+    assert settings[0].config_hash == settings[1].config_hash
 
 
 @pytest.mark.parametrize("max_seq_len", [20, 100])
