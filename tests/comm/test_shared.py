@@ -54,6 +54,14 @@ def test_messages_of_all_lengths_arrive_in_order(make_pairs: MakePairs) -> None:
         assert all(torch.equal(got, m ^ 3) for got, m in zip(at_b.result(), messages, strict=True))
 
 
+def test_another_pid_namespace_is_another_host() -> None:
+    show = [sys.executable, "-c", "from moeserve.comm.shared import host_identity; print(host_identity())"]
+    inside = subprocess.run(["unshare", "-Urpf", *show], capture_output=True, text=True)
+    if inside.returncode:
+        pytest.skip(f"no namespaces here: {inside.stderr.strip()[-200:]}")
+    assert int(inside.stdout) != shared.host_identity()
+
+
 def test_short_messages_wait_in_the_ring(make_pairs: MakePairs) -> None:
     a, b = make_pairs()
     for i in range(100):
