@@ -139,10 +139,14 @@ def bench(flags: argparse.Namespace) -> int:
 
     if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", flags.concurrency):
         raise ValueError(f"concurrency = {flags.concurrency!r}: must be numbers above 0, such as 1,8,32")
-    for name in ("num_requests", "input_len", "output_len"):
+    for name, least in {"num_requests": 1, "input_len": 1, "output_len": 1, "vocab_size": 11}.items():
         value = getattr(flags, name)
-        if value is not None and value < 1:
-            raise ValueError(f"{name} = {value}: must be at least 1")
+        if value is not None and value < least:
+            raise ValueError(f"{name} = {value}: must be at least {least}")
+    try:
+        file = open(flags.json, "w") if flags.json else None  # noqa: SIM115 - before the work, not after
+    except OSError as error:
+        raise ValueError(f"--json {flags.json}: cannot be written: {error.strerror}") from error
     levels = [int(text) for text in flags.concurrency.split(",")]
     results = []
     for level in levels:
@@ -154,8 +158,8 @@ def bench(flags: argparse.Namespace) -> int:
         except OSError as error:
             raise RuntimeError(f"{flags.url}: {error}") from error
     print(table(results))
-    if flags.json:
-        with open(flags.json, "w") as file:
+    if file is not None:
+        with file:
             json.dump(as_json(results), file, indent=1)
     return 0
 

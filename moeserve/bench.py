@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import random
 import statistics
 import time
@@ -55,6 +56,8 @@ class LoadResult:
 async def complete(url: str, body: dict[str, object], api_key: str | None = None) -> RequestTimes:
     """Stream one completion. Raises RuntimeError with the server's answer when it is not a 200 stream."""
     parts = urlsplit(url)
+    if parts.scheme != "http" or not parts.hostname:
+        raise ValueError(f"url = {url!r}: must be http://HOST:PORT, without TLS")
     start = time.perf_counter()
     reader, writer = await asyncio.open_connection(parts.hostname, parts.port or 80)
     payload = json.dumps(body).encode()
@@ -156,7 +159,7 @@ def _summarise(load: Load, answers: Sequence[RequestTimes], seconds: float) -> L
 def percentile(values: Sequence[float], fraction: float) -> float:
     """The smallest value that at least `fraction` of the values do not exceed."""
     ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(fraction * len(ordered)))]
+    return ordered[max(0, math.ceil(fraction * len(ordered)) - 1)]
 
 
 def table(results: Sequence[LoadResult]) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from moeserve.__main__ import main
+from moeserve.bench import percentile
 
 DEEPSEEK_V3 = {
     "architectures": ["DeepseekV3ForCausalLM"],
@@ -89,10 +90,21 @@ def test_bad_arguments_end_with_2_and_one_line(capsys: pytest.CaptureFixture[str
         ["generate", "--prompt", "x", "--temperature", "nan"],
         ["bench", "--model", "m", "--concurrency", "one"],
         ["bench", "--model", "m", "--num-requests", "-1"],
+        ["bench", "--model", "m", "--vocab-size", "5"],
+        ["bench", "--model", "m", "--json", "no/such/folder/figures.json"],
+        ["bench", "--model", "m", "--concurrency", "1", "--url", "127.0.0.1:9"],
+        ["bench", "--model", "m", "--concurrency", "1", "--url", "https://127.0.0.1:9"],
     ):
         assert main(arguments) == 2, arguments
         error = capsys.readouterr().err
+        error = error.removeprefix("4 requests, 1 at once ...\n")  # a progress line
         assert error.startswith("moeserve: ") and error.count("\n") == 1, error
+
+
+def test_a_percentile_is_the_smallest_that_enough_do_not_exceed() -> None:
+    assert percentile(range(1, 101), 0.99) == 99
+    assert percentile([3.0, 1.0, 2.0], 0.99) == 3.0
+    assert percentile([5.0], 0.99) == 5.0
 
 
 def test_bench_without_a_server_says_where_it_looked(capsys: pytest.CaptureFixture[str]) -> None:
