@@ -338,8 +338,8 @@ class Bench:
             ours = explain(load, t).placement
             a = balance(load[None], theirs, t, even=True).mean
             even, shares = (balance(load[None], ours, t, even=e).mean for e in (True, False))
-            rows.append(Row(f"small: {len(weights)} experts, {slots}/{ranks}", _x(a), _x(shares), _x(best), _x(best),
-                            f"even split of it {even:.4f}"))  # fmt: skip
+            rows.append(Row(f"small: {len(weights)} experts, {slots}/{ranks}", _x(a), _x(even), _x(best), _x(best),
+                            f"with its shares {shares:.4f}"))  # fmt: skip
         return rows
 
 
@@ -407,6 +407,15 @@ def _x(value: float, digits: int = 4) -> str:
     return f"{value:.{digits}f}"
 
 
+def _machine() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {len(names) or '?'} cores, one used, {platform.system()}"
+
+
 def _into(path: Path, about: str, table: list[list[str]]) -> None:
     """Replace what stands between <!-- bench_policies --> and <!-- /bench_policies -->."""
     start, end = "<!-- bench_policies -->", "<!-- /bench_policies -->"
@@ -441,7 +450,7 @@ def main() -> None:
     about = {
         "command": " ".join(["python", *sys.argv]),
         "date": date.today().isoformat(),
-        "machine": f"{platform.processor() or platform.machine()}, {platform.system()}",
+        "machine": _machine(),
         "versions": f"moeserve {__version__}, Python {platform.python_version()}, numpy {np.__version__}",
         "kernels": kernels().name,
         "profiles": "fitted to DeepSeek-R1" if bench.profiles is not None else "built in",
