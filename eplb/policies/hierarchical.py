@@ -72,6 +72,17 @@ def not_hierarchical(problem: Problem) -> str:
     return ""
 
 
+def node_imbalance(problem: Problem) -> float:
+    """Max/mean load of nodes under the best packing of groups, mean over windows and layers: what no balance within
+    nodes can get below."""
+    nodes, groups = problem.topology.num_nodes, problem.expert_groups
+    load = problem.prepared[0]
+    by_group = load.reshape(problem.num_layers, groups, -1, load.shape[2]).sum(axis=2)
+    node = _pack(by_group, nodes)
+    by_node = np.stack([np.where((node == n)[..., None], by_group, 0).sum(axis=1) for n in range(nodes)])
+    return float(by_node.max(axis=0).mean()) / problem.topology.ranks_per_node
+
+
 def _pack(load: npt.NDArray[np.float32], nodes: int) -> npt.NDArray[np.int64]:
     """Node of each group [L, groups] for group loads [L, groups, W], equally many groups a node."""
     layers, groups, _ = load.shape

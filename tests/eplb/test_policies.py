@@ -186,6 +186,32 @@ def test_hierarchical_packs_groups_on_nodes_but_for_bridges() -> None:
     assert a < b
 
 
+def test_auto_says_why() -> None:
+    flat, nodes = Topology.of(8, 72), Topology.of(8, 72, 4)
+    even, skewed = np.ones((3, 1, 64)), np.ones((3, 1, 64))
+    skewed[:, :, :16] = 9  # one of four groups takes three quarters
+    cases = [
+        (even, flat, {}, "connected", "8 redundant slots join all 8 ranks"),
+        (
+            even,
+            nodes,
+            {"expert_groups": 4},
+            "hierarchical",
+            "4 expert groups pack on 2 nodes with imbalance 1.000",
+        ),
+        (skewed, nodes, {"expert_groups": 4}, "connected", "leave 2 nodes with imbalance 1.667 at best"),
+        (even, flat, {"routing": "even"}, "robust", "replicas will share evenly"),
+        (even, Topology.of(8, 64), {}, "robust", "no redundant slot"),
+        (even, Topology.of(33, 66), {}, "robust", "2 slots a rank"),
+        (even, Topology.of(17, 68), {}, "robust", "4 redundant slots cannot join 17 ranks"),
+        (even[:1, :, :20], Topology.of(4, 24), {}, "robust", "small enough to search"),
+        (even, Topology.of(1, 64), {}, "fast", "one rank"),
+    ]
+    for load, topology, arguments, policy, reason in cases:
+        found = explain(load, topology, **arguments)  # type: ignore[arg-type]
+        assert (found.policy, reason in found.reason) == (policy, True), found.reason
+
+
 def test_from_a_current_placement() -> None:
     rng = np.random.default_rng(5)
     topology = Topology.of(8, 72)
