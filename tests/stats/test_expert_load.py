@@ -21,6 +21,19 @@ def test_counts_by_layer_and_phase_without_padding() -> None:
     assert not load.decode.any() and not load.prefill.any()
 
 
+def test_taken_counts_are_the_callers_own() -> None:
+    for num_layers in (1, 3):
+        load = ExpertLoad(num_layers, num_experts=4)
+        for decode in (False, True):
+            load.begin_step(torch.tensor([True]), torch.tensor([decode]))
+            load.add(num_layers - 1, torch.tensor([[int(decode), 3]]))
+        taken = load.take()
+        assert taken.shape == (2, num_layers, 4)
+        assert taken[:, -1].tolist() == [[1, 0, 0, 1], [0, 1, 0, 1]]
+        assert not load.take().any()
+        assert taken.sum() == 4
+
+
 def test_no_tokens() -> None:
     load = ExpertLoad(num_layers=1, num_experts=4)
     nothing = torch.zeros(0, dtype=torch.bool)
