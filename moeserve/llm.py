@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from moeserve.config import EngineConfig, parse
+from moeserve.eplb.load import ExpertLoad
 from moeserve.messages import EngineStats, SamplingParams, TokenLogprob
 from moeserve.plan import check_local_ranks, make_plan
 from moeserve.server.frontend import Frontend
@@ -112,6 +113,15 @@ class LLM:
     def replica_stats(self) -> list[EngineStats]:
         """The last word of each attention replica on what it has done."""
         return self._frontend.replica_stats()
+
+    def expert_load(self) -> ExpertLoad | None:
+        """What the ranks have counted, up to the last second or two; None before that or without experts."""
+
+        async def read() -> ExpertLoad | None:
+            balance = self._frontend.balance
+            return None if balance is None else balance.expert_load()
+
+        return self._call(read())
 
     def close(self) -> None:
         """End the ranks. Raises RuntimeError with a rank's traceback when the engine had died."""

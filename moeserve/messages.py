@@ -119,12 +119,16 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True):
 
 
 class RankReady(msgspec.Struct, frozen=True, tag="ready"):
-    """The rank has its weights and caches. kv_tokens: tokens that its KV cache holds."""
+    """The rank has its weights and caches. kv_tokens: tokens that its KV cache holds.
+
+    placement_generation: of the experts' placement that it follows, None without experts.
+    """
 
     rank: int
     pid: int
     kv_tokens: int
     max_seq_len: int
+    placement_generation: int | None = None
 
 
 class StepDone(msgspec.Struct, frozen=True, tag="step"):
@@ -133,6 +137,23 @@ class StepDone(msgspec.Struct, frozen=True, tag="step"):
     rank: int
     outputs: list[SequenceOutput]
     stats: EngineStats
+
+
+class ExpertCounts(msgspec.Struct, frozen=True, tag="experts"):
+    """The experts that a rank's own rows chose since its last such message: summed over ranks, each token counts
+    once. About once a second while there is something to tell.
+
+    counts: uint32 little-endian bytes of [2, L, E], prefill then decode: (token, choice) counts of the logical
+    experts of each MoE layer, padding excluded. tokens: rows counted, (prefill, decode). They fell in the `steps`
+    engine steps before `step`, which took about `seconds`; steps are numbered alike on all ranks.
+    """
+
+    rank: int
+    step: int
+    steps: int
+    seconds: float
+    tokens: tuple[int, int]
+    counts: bytes
 
 
 class RankFailed(msgspec.Struct, frozen=True, tag="failed"):
@@ -147,7 +168,7 @@ class RankFailed(msgspec.Struct, frozen=True, tag="failed"):
     mistake: bool = False
 
 
-FromRank = RankReady | StepDone | RankFailed
+FromRank = RankReady | StepDone | ExpertCounts | RankFailed
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_rank = msgspec.msgpack.Decoder(ToRank).decode

@@ -11,6 +11,8 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 
+from moeserve.eplb.types import Topology
+from moeserve.expert_balance import ExpertBalance
 from moeserve.launch import RankPlace, RankSet
 from moeserve.plan import EnginePlan
 from moeserve.server.frontend import Frontend
@@ -59,6 +61,21 @@ def server_settings(plan: EnginePlan) -> ServerSettings:
     )
 
 
+def expert_balance(plan: EnginePlan) -> ExpertBalance | None:
+    """What keeps the ranks' counts of experts; None for a model without experts."""
+    if plan.placement is None or plan.spec.moe is None:
+        return None
+    routing = plan.spec.moe.routing
+    return ExpertBalance(
+        plan.placement,
+        Topology.of(plan.layout.ep, plan.placement.num_slots),
+        layers=plan.spec.moe_layers,
+        model=plan.model_name,
+        top_k=routing.top_k,
+        expert_groups=routing.num_groups,
+    )
+
+
 @contextlib.asynccontextmanager
 async def running_engine(
     plan: EnginePlan, tokenizer: Tokenizer, settings: ServerSettings, place: RankPlace | None = None
@@ -68,7 +85,7 @@ async def running_engine(
     Raises as RankSet.raise_failure, after the body is done, when the engine died.
     """
     ranks = RankSet(plan, place)
-    frontend = Frontend(ranks, tokenizer, settings)
+    frontend = Frontend(ranks, tokenizer, settings, expert_balance(plan))
     ranks.start()
     carrying = asyncio.create_task(frontend.run(), name="frontend")
     try:
@@ -108,3 +125,5 @@ async def _announce(frontend: Frontend, plan: EnginePlan, listener: socket.socke
         print(f"moeserve is ready: {plan.model_name} on {plan.layout.world_size} ranks", flush=True)
         print(f"  API      http://{host}:{port}/v1", flush=True)
         print(f"  metrics  http://{host}:{port}/metrics", flush=True)
+        if frontend.balance is not None:
+            print(f"  stats    http://{host}:{port}/eplb/stats.json", flush=True)

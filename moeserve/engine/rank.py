@@ -17,6 +17,7 @@ import msgspec
 import zmq
 
 from moeserve.comm import mesh as comm_mesh
+from moeserve.engine.expert_reporter import ExpertReporter
 from moeserve.engine.lockstep import Agreed, Lockstep, Mail, PrefillGate, ReplicaState
 from moeserve.engine.runner import Runner
 from moeserve.engine.scheduler import ScheduledBatch, Scheduler
@@ -60,6 +61,7 @@ class Rank:
         self.steps = self.replica_tokens = self.busiest_tokens = 0
         self.refused: list[SequenceOutput] = []
         self.last_sent = 0.0
+        self.experts = ExpertReporter.of(plan.spec, runner.expert_load, self.rank)
 
     def serve(self) -> None:
         """Step until every replica was told to leave."""
@@ -125,6 +127,8 @@ class Rank:
         if answers or now - self.last_sent >= HEARTBEAT_SECONDS:
             self.mail.send(StepDone(rank=self.rank, outputs=answers, stats=self.stats()))
             self.last_sent = now
+        if self.experts is not None and (counts := self.experts.due(self.steps, now)) is not None:
+            self.mail.send(counts)
 
     def stats(self) -> EngineStats:
         return msgspec.structs.replace(
@@ -188,7 +192,8 @@ def start(plan: EnginePlan, place: RankPlace, mail: Mail) -> Rank:
     rank = Rank(plan, runner, runner.new_scheduler(), mail)
     gc.collect()
     gc.freeze()
-    mail.send(RankReady(place.rank, os.getpid(), runner.kv_tokens, runner.max_seq_len))
+    generation = None if plan.placement is None else plan.placement.generation
+    mail.send(RankReady(place.rank, os.getpid(), runner.kv_tokens, runner.max_seq_len, generation))
     return rank
 
 

@@ -17,6 +17,7 @@ from starlette.responses import Response
 from moeserve import __version__
 from moeserve.server import openai
 from moeserve.server.answer import GenerationResponse
+from moeserve.server.balance import add_balance_routes
 from moeserve.server.errors import ApiError, bad_value
 from moeserve.server.frontend import Frontend, random_seed
 from moeserve.server.guard import Guard
@@ -54,6 +55,7 @@ def make_app(frontend: Frontend, settings: ServerSettings) -> FastAPI:
     )
     _add_openai_routes(app, frontend, settings)
     _add_probes(app, frontend)
+    add_balance_routes(app, frontend.balance)
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(HTTPException, _on_http_exception)

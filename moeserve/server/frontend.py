@@ -16,10 +16,12 @@ from typing import Protocol
 
 import msgspec
 
+from moeserve.expert_balance import ExpertBalance
 from moeserve.messages import (
     AbortRequest,
     AddRequest,
     EngineStats,
+    ExpertCounts,
     FromRank,
     RankFailed,
     RankReady,
@@ -29,6 +31,7 @@ from moeserve.messages import (
     ToRank,
     Wake,
 )
+from moeserve.server.balance import BalanceCollector
 from moeserve.server.errors import ApiError, engine_dead, timed_out, too_busy, unavailable
 from moeserve.server.generation import Generation, RunningSequence
 from moeserve.server.metrics import ServingMetrics, make_registry
@@ -53,16 +56,25 @@ class RankLink(Protocol):
 class Frontend:
     """Owns every request in flight. All methods but run() are plain calls on the event loop's thread."""
 
-    def __init__(self, link: RankLink, tokenizer: Tokenizer, settings: ServerSettings) -> None:
+    def __init__(
+        self,
+        link: RankLink,
+        tokenizer: Tokenizer,
+        settings: ServerSettings,
+        balance: ExpertBalance | None = None,
+    ) -> None:
+        """balance: is told what the ranks have counted; None for a model without experts."""
         self.tokenizer = tokenizer
         self.settings = settings
         self.loads = ReplicaLoads(link.num_replicas, balance=settings.balance_replicas)
         self.metrics = ServingMetrics(self._gauges)
         self.registry = make_registry(self.metrics, settings.model_name, settings.metrics_compat)
+        self.balance = balance
+        if balance is not None:
+            self.registry.register(BalanceCollector(balance, settings.model_name))
         self.draining = False
         self.failure: str | None = None  # traceback of the rank that failed first
         self.dead = asyncio.Event()
-        self.placement_generation = 0
         self.max_seq_len = settings.max_seq_len
         self._link = link
         self._sequences: dict[str, RunningSequence] = {}
@@ -143,6 +155,10 @@ class Frontend:
             self._fail(generation, unavailable("the server is shutting down", "server_draining"))
 
     @property
+    def placement_generation(self) -> int:
+        return 0 if self.balance is None else self.balance.placement.generation
+
+    @property
     def in_flight(self) -> int:
         """Requests that are not answered yet."""
         return len(self._generations)
@@ -203,6 +219,11 @@ class Frontend:
             self._last_heard[message.rank] = now
             self._ready.add(message.rank)
             self.max_seq_len = min(self.max_seq_len, message.max_seq_len)
+            if self.balance is not None and message.placement_generation is not None:
+                self.balance.generations[message.rank] = message.placement_generation
+        elif isinstance(message, ExpertCounts):
+            if self.balance is not None:
+                self.balance.add(message)
         elif isinstance(message, RankFailed):
             self.die(message.traceback)
 

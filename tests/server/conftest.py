@@ -14,6 +14,7 @@ import httpx
 import openai
 import pytest
 
+from moeserve.expert_balance import ExpertBalance
 from moeserve.messages import (
     AbortRequest,
     AddRequest,
@@ -161,7 +162,9 @@ class Running:
         raise AssertionError("never ready")
 
 
-def start(tokenizer: Tokenizer, step_seconds: float = 0.0, **changes: Any) -> Running:
+def start(
+    tokenizer: Tokenizer, step_seconds: float = 0.0, balance: ExpertBalance | None = None, **changes: Any
+) -> Running:
     settings = ServerSettings(
         **{
             "model_name": "toy/model",
@@ -179,7 +182,7 @@ def start(tokenizer: Tokenizer, step_seconds: float = 0.0, **changes: Any) -> Ru
 
     async def main() -> None:
         link = ToyLink(tokenizer, step_seconds=step_seconds)
-        frontend = Frontend(link, tokenizer, settings)
+        frontend = Frontend(link, tokenizer, settings, balance)
         listener = bind("127.0.0.1", 0)
         http = HttpServer(frontend, settings, listener)
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
