@@ -97,7 +97,15 @@ class RankSet:
         self._socket = zmq.asyncio.Context.instance().socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.set_hwm(0)
-        self._socket.bind(places[0].mail)
+        try:
+            self._socket.bind(places[0].mail)
+        except zmq.ZMQError as error:
+            self._socket.close()
+            self.kill()
+            store = places[0].store[1]
+            raise ValueError(
+                f"MASTER_PORT = {store}: rank 0 listens at {places[0].mail} too, the port after it: {error.strerror}"
+            ) from error
         loop = asyncio.get_running_loop()
         for place in places:
             process = start_process(rank_main, (self.plan, place), name=f"moeserve-rank-{place.rank}")
@@ -120,14 +128,13 @@ class RankSet:
         """The next message, with the replica of the rank that sent it."""
         return await self._inbox.get()
 
-    async def raise_failure(self) -> None:
-        """Raise what the rank that failed first has to say, if one did; waits a moment for all to be heard.
+    def raise_failure(self) -> None:
+        """Raise what the rank that failed first has to say, if one did; after stop, when all were heard.
 
         ValueError when it could not use a setting or a file, else RuntimeError with its traceback.
         """
         if not self.failures:
             return
-        await asyncio.sleep(FAILURE_SETTLE_SECONDS)
         first = min(self.failures, key=lambda failure: failure.time)
         if first.mistake:
             raise ValueError(first.traceback)
@@ -135,6 +142,8 @@ class RankSet:
 
     async def stop(self, timeout: float = 10.0) -> None:
         """End every rank: politely when they still answer, else at once. No process is left."""
+        if self.failures:
+            await asyncio.sleep(FAILURE_SETTLE_SECONDS)
         self.stopping = True
         if not self.failures and self._num_ready == self.plan.layout.world_size:
             for replica in range(self.num_replicas):

@@ -95,7 +95,7 @@ async def running_engine(
         with contextlib.suppress(asyncio.CancelledError):
             await carrying
         await ranks.stop()
-    await ranks.raise_failure()
+    ranks.raise_failure()
 
 
 async def until_ready(frontend: Frontend) -> None:

@@ -1,8 +1,18 @@
-"""Who a process is, from its launcher's variables."""
+"""Who a process is, from its launcher's variables; whose failure is shown."""
+
+import asyncio
+import os
+import socket
+from collections.abc import Callable
 
 import pytest
+import zmq
 
-from moeserve.launch import place_from_environment
+from moeserve import launch
+from moeserve.config import parse_arguments
+from moeserve.launch import RankPlace, RankSet, place_from_environment
+from moeserve.messages import RankFailed, encode
+from moeserve.plan import make_plan
 
 TORCHRUN = {
     "RANK": "3",
@@ -43,3 +53,67 @@ def test_a_missing_variable_is_named(environment: dict[str, str]) -> None:
             place_from_environment({key: value for key, value in environment.items() if key != name})
     with pytest.raises(ValueError, match="MASTER_PORT = 'soon'"):
         place_from_environment({**environment, "MASTER_PORT": "soon"})
+
+
+class SilentProcess:
+    """Stands for a rank that never ends by itself."""
+
+    def __init__(self) -> None:
+        self.sentinel, self.end = os.pipe()
+
+    def is_alive(self) -> bool:
+        return True
+
+    def kill(self) -> None:
+        os.close(self.end)
+
+    def join(self) -> None:
+        os.close(self.sentinel)
+
+
+def test_the_first_failure_is_shown_though_it_is_heard_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    mails: list[str] = []
+
+    def start_process(
+        function: Callable[..., None], given: tuple[object, RankPlace], name: str
+    ) -> SilentProcess:
+        mails.append(given[1].mail)
+        return SilentProcess()
+
+    monkeypatch.setattr(launch, "start_process", start_process)
+
+    async def main() -> None:
+        ranks = RankSet(make_plan(parse_arguments(["--device", "cpu", "--tp-size", "2"])))
+        ranks.start()
+        speakers = []
+        for rank, address in enumerate(mails):
+            speakers.append(zmq.asyncio.Context.instance().socket(zmq.DEALER))
+            speakers[rank].setsockopt(zmq.IDENTITY, str(rank).encode())
+            speakers[rank].connect(address)
+        await speakers[1].send(encode(RankFailed(1, 20.0, "rank 0 has died")))
+        assert await ranks.receive() == (0, RankFailed(1, 20.0, "rank 0 has died"))
+        stopping = asyncio.create_task(ranks.stop())
+        await asyncio.sleep(0.1)
+        await speakers[0].send(encode(RankFailed(0, 10.0, "the cause")))
+        await stopping
+        for speaker in speakers:
+            speaker.close()
+        ranks.raise_failure()
+
+    with pytest.raises(RuntimeError, match="rank 0 failed\nthe cause"):
+        asyncio.run(main())
+
+
+def test_a_taken_port_for_the_ranks_mail_is_named() -> None:
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        port = holder.getsockname()[1]
+        place = RankPlace(0, 0, 1, 1, ("127.0.0.1", port - 1), f"tcp://127.0.0.1:{port}")
+        ranks = RankSet(make_plan(parse_arguments(["--device", "cpu"])), place)
+
+        async def start() -> None:
+            ranks.start()
+
+        with pytest.raises(ValueError, match=f"MASTER_PORT = {port - 1}: .*:{port}.*in use"):
+            asyncio.run(start())
