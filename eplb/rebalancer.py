@@ -128,9 +128,9 @@ class Rebalancer:
         windows = np.stack(self.windows)
         before = self._imbalance(windows, self.placement)
         proposed = self._propose(windows)
-        if self.settings.policy == "auto":
-            proposed = self._worthwhile_layers(windows, before, proposed)
         after = self._imbalance(windows, proposed)
+        if self.settings.policy == "auto":
+            proposed, after = self._worthwhile_layers(before, proposed, after)
         was, now = float(before.mean()), float(after.mean())
         if proposed.digest == self.placement.digest:
             return Decision(None, "no layer gains enough", was, was)
@@ -177,14 +177,14 @@ class Rebalancer:
         return replace(placement, share=static_shares(placement, windows, self.topology))
 
     def _worthwhile_layers(
-        self, windows: npt.NDArray[np.int64], before: Floats, proposed: Placement
-    ) -> Placement:
-        """The proposal for layers that gain by it; the others keep what they have."""
-        after = self._imbalance(windows, proposed)
+        self, before: Floats, proposed: Placement, after: Floats
+    ) -> tuple[Placement, Floats]:
+        """The proposal and its imbalance [L] for layers that gain by it; the others keep what they have."""
         gains = before - after > before * self.settings.min_gain / 2
         slots = np.where(gains[:, None], proposed.slot_to_expert, self.placement.slot_to_expert)
         share = np.where(gains[:, None], proposed.share, self.placement.share)
-        return Placement(slots, proposed.num_experts, proposed.generation, share)
+        kept = Placement(slots, proposed.num_experts, proposed.generation, share)
+        return kept, np.where(gains, after, before)
 
     def _imbalance(self, windows: npt.NDArray[np.int64], placement: Placement) -> Floats:
         """[L] mean over the windows under the engine's routing."""
