@@ -173,6 +173,8 @@ static void FN(attention_item)(void *argument, long item) {
             FN(store_n)(tile.out[r] + i, load_f32(merged + r * padded_size + i) / tile.total[r], op->value_size - i);
 }
 
+#define SLOWER_THAN_LINEAR 5  /* a multiply-add here: few rows a key, and the exponentials between two products */
+
 /* See reference.py for the meaning. strides: q row, head; key page, slot, head; value page, slot, head. sizes: rows
  * of q, sequences, KV heads, query heads a KV head, D, Dv, page size, stride of the page table, window or 0. */
 int FN(moeserve_paged_attention)(const elem *q, const elem *keys, const elem *values, elem *out,
@@ -206,6 +208,7 @@ int FN(moeserve_paged_attention)(const elem *q, const elem *keys, const elem *va
     memset(out + used * row_size, 0, (size_t)((rows - used) * row_size) * sizeof(elem));
     long elements = op.kv_heads * (op.size + op.value_size);
     for_each_item(op.num_tiles * op.kv_heads,
-                  worth(cached * elements * (long)sizeof(elem), pairs * elements, threads), FN(attention_item), &op);
+                  worth(cached * elements * (long)sizeof(elem), SLOWER_THAN_LINEAR * pairs * elements, threads),
+                  FN(attention_item), &op);
     return 0;
 }
