@@ -5,6 +5,8 @@ The only thing that server/ and engine/ share. Knows no transport and no tensor.
 
 from __future__ import annotations
 
+import math
+
 import msgspec
 
 
@@ -15,7 +17,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     depend on the batch. top_k = 0, top_p = 1 and min_p = 0 switch the filter off; temperature = 0 is greedy.
     logprobs: number of alternatives wanted beside the chosen token's own, None for no log-probabilities.
     prompt_logprobs: the same for the prompt's tokens (echo scoring).
-    Stop strings are not here: the front-end sees the text and aborts.
+    Stop strings are not here: the front-end sees the text and aborts. ValueError for what no sampler can do.
     """
 
     max_tokens: int = 16
@@ -33,6 +35,33 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     return_routed_experts: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value, good, wanted in (
+            ("max_tokens", self.max_tokens, self.max_tokens >= 0, "at least 0"),
+            ("temperature", self.temperature, 0 <= self.temperature < math.inf, "at least 0"),
+            ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0, at most 1"),
+            ("top_k", self.top_k, self.top_k >= 0, "at least 0"),
+            ("min_p", self.min_p, 0 <= self.min_p <= 1, "from 0 to 1"),
+            ("presence_penalty", self.presence_penalty, math.isfinite(self.presence_penalty), "finite"),
+            ("frequency_penalty", self.frequency_penalty, math.isfinite(self.frequency_penalty), "finite"),
+            (
+                "repetition_penalty",
+                self.repetition_penalty,
+                0 < self.repetition_penalty < math.inf,
+                "above 0",
+            ),
+            ("logit_bias", self.logit_bias, all(map(math.isfinite, self.logit_bias.values())), "finite"),
+            ("logprobs", self.logprobs, self.logprobs is None or self.logprobs >= 0, "at least 0"),
+            (
+                "prompt_logprobs",
+                self.prompt_logprobs,
+                self.prompt_logprobs is None or self.prompt_logprobs >= 0,
+                "at least 0",
+            ),
+        ):
+            if not good:
+                raise ValueError(f"{name} = {value!r}: must be {wanted}")
 
 
 # ------------------------------------------------------------------ front-end -> rank
@@ -57,7 +86,7 @@ class Wake(msgspec.Struct, frozen=True, tag="wake"):
 
 
 class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
-    """Leave after this step; sent to every replica's leader when nothing is running any more."""
+    """Drop what still runs and leave once every replica was told to; sent to each replica's leader."""
 
 
 ToRank = AddRequest | AbortRequest | Wake | Shutdown
