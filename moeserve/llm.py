@@ -21,7 +21,9 @@ from moeserve.config import EngineConfig, parse
 from moeserve.eplb.load import ExpertLoad
 from moeserve.messages import EngineStats, SamplingParams, TokenLogprob
 from moeserve.plan import check_local_ranks, make_plan
+from moeserve.server.errors import ApiError
 from moeserve.server.frontend import Frontend
+from moeserve.server.generation import Generation
 from moeserve.serving import running_engine, server_settings, until_ready, with_tokenizer
 
 Result = TypeVar("Result")
@@ -56,7 +58,11 @@ class LLM:
         self._thread = threading.Thread(target=self._loop.run_forever, name="moeserve", daemon=True)
         self._thread.start()
         self._exit = contextlib.AsyncExitStack()
-        self._frontend = self._call(self._start())
+        try:
+            self._frontend = self._call(self._start())
+        except BaseException:
+            self.close()
+            raise
 
     async def _start(self) -> Frontend:
         # A list of prompts is no crowd of clients: all of them are taken, and take what time they need.
@@ -79,7 +85,15 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] = SamplingParams(),  # noqa: B008 - immutable
         stop: Sequence[str] = (),
     ) -> list[Answer]:
-        """Continue each prompt (text or token ids); one params for all, or one each. Answers in the same order."""
+        """Continue each prompt (text or token ids); one params for all, or one each. Answers in the same order.
+
+        Raises ValueError when one of them cannot run: then none does. RuntimeError when the engine has died.
+        """
+        for name, given in (("prompts", prompts), ("stop", stop)):
+            if isinstance(given, str):
+                raise ValueError(f"{name} = {given!r:.60}: must be a list; put it in brackets")
+        if not all(stop):
+            raise ValueError(f"stop = {list(stop)}: an empty text would stop everything; leave it out")
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         if len(each) != len(prompts):
             raise ValueError(f"params: {len(each)} given for {len(prompts)} prompts; give one, or one each")
@@ -92,11 +106,18 @@ class LLM:
     async def _generate(
         self, prompts: list[list[int]], params: list[SamplingParams], stop: Sequence[str]
     ) -> list[Answer]:
-        jobs = [self._answer(prompt, own, stop) for prompt, own in zip(prompts, params, strict=True)]
-        return list(await asyncio.gather(*jobs))
+        generations: list[Generation] = []
+        try:
+            for prompt, own in zip(prompts, params, strict=True):
+                generations.append(self._frontend.submit([prompt], own, stop=stop))
+            return list(await asyncio.gather(*map(self._answer, prompts, generations)))
+        except ApiError as error:
+            raise (ValueError if error.status == 400 else RuntimeError)(str(error)) from None
+        finally:
+            for generation in generations:
+                generation.cancel()
 
-    async def _answer(self, prompt: list[int], params: SamplingParams, stop: Sequence[str]) -> Answer:
-        generation = self._frontend.submit([prompt], params, stop=stop)
+    async def _answer(self, prompt: list[int], generation: Generation) -> Answer:
         answer = Answer(prompt)
         while deltas := await generation.next():
             for delta in deltas:
@@ -107,7 +128,7 @@ class LLM:
                 answer.routed_experts = delta.routed_experts or answer.routed_experts
                 answer.finish_reason = delta.finish_reason
         if generation.error is not None:
-            raise RuntimeError(str(generation.error))
+            raise generation.error
         return answer
 
     def replica_stats(self) -> list[EngineStats]:
@@ -134,7 +155,12 @@ class LLM:
                 self._loop.close()
 
     def _call(self, job: Coroutine[Any, Any, Result]) -> Result:
-        return asyncio.run_coroutine_threadsafe(job, self._loop).result()
+        future = asyncio.run_coroutine_threadsafe(job, self._loop)
+        try:
+            return future.result()
+        except BaseException:  # Ctrl-C: the job's own failure has nothing left to cancel
+            future.cancel()
+            raise
 
     def __enter__(self) -> LLM:
         return self

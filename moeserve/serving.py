@@ -91,6 +91,7 @@ async def running_engine(
     try:
         yield frontend
     finally:
+        frontend.end_all()
         carrying.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await carrying

@@ -93,6 +93,7 @@ class Rank:
             self.scheduler.abort(message.request_id)
         elif isinstance(message, Shutdown):
             self.leaving = True
+            self.scheduler.abort_all()
 
     def next_batch(self) -> ScheduledBatch:
         if self.runner.mesh.dp.size == 1:

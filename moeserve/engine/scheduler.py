@@ -137,6 +137,10 @@ class Scheduler:
         self._forget(sequence)
         return True
 
+    def abort_all(self) -> None:
+        for request_id in list(self._sequences):
+            self.abort(request_id)
+
     def next_batch(self, hold_prefill: bool = False) -> ScheduledBatch:
         """The next step, its pages allocated; `finish` must have been told of the one before.
 

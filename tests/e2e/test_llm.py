@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +121,33 @@ def test_pressure_on_the_cache_changes_no_text(texts: list[str]) -> None:
         stats = llm.replica_stats()[0]
         assert stats.preemptions > 0
         assert stats.cached_tokens > 0
+
+
+def test_what_cannot_run_is_refused_and_costs_nobody_else(alone: LLM, texts: list[str]) -> None:
+    for prompts, stop, named in (
+        ("Once", [], "prompts = 'Once': must be a list"),
+        (["Once"], "end", "stop = 'end': must be a list"),
+        (["Once"], [""], "empty"),
+        (["Once", [5] * 5000], [], "at most 1023"),
+        (["Once", [-1]], [], "token -1"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            alone.generate(prompts, SamplingParams(max_tokens=900, temperature=0, ignore_eos=True), stop)
+    assert alone.generate(PROMPTS[:1], GREEDY)[0].text == texts[0]
+    assert alone.replica_stats()[0].running == 0
+
+
+def test_closing_ends_what_still_runs() -> None:
+    long = SamplingParams(max_tokens=900, temperature=0, ignore_eos=True)
+    with LLM(tensor_parallel_size=2, enable_attention_dp=True) as llm, ThreadPoolExecutor(1) as thread:
+        running = thread.submit(llm.generate, ["Once"] * 50, long)
+        while not sum(stats.running for stats in llm.replica_stats()):
+            time.sleep(0.01)
+        start = time.monotonic()
+        llm.close()
+        assert time.monotonic() - start < 5
+        with pytest.raises(RuntimeError, match="shutting down"):
+            running.result(5)
 
 
 def test_stop_strings_logprobs_and_routed_experts(alone: LLM, texts: list[str]) -> None:
