@@ -17,7 +17,6 @@ from moeserve.server import openai
 from moeserve.server.errors import ApiError
 from moeserve.stats.snapshot import PHASES
 
-
 NO_EXPERTS: dict[int | str, dict[str, Any]] = {
     404: {"model": openai.ErrorAnswer, "description": "the model has no experts"}
 }
