@@ -51,7 +51,8 @@ def start(
     for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         if name is not None and not os.environ.get(variable):
             os.environ[variable] = name
-            logger.info("%s set to %s, the interface on the way to %s", variable, name, address)
+            level = logging.DEBUG if name == "lo" else logging.INFO
+            logger.log(level, "%s set to %s, the interface on the way to %s", variable, name, address)
     dist.init_process_group(
         BACKENDS[backend],
         init_method=f"tcp://{address}:{port}",
