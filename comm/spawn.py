@@ -214,10 +214,10 @@ def _manner_of_death(exit_code: int | None) -> str:
 
 
 def _ensure_fork_server() -> None:
-    """Starts the fork server deaf to SIGTERM: it often comes to a whole process group, and with the server its
-    processes would die, before the one process that is to end them in order has done so."""
-    resource_tracker.ensure_running()  # first: it would unblock the signal again
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    """Starts the fork server deaf to SIGTERM and SIGINT: they often come to a whole process group, and the server
+    and its processes would die before the one process that is to end them in order has done so."""
+    resource_tracker.ensure_running()  # first: it would unblock the signals again
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
     try:
         forkserver.ensure_running()
     finally:

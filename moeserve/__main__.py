@@ -1,4 +1,5 @@
-"""The `moeserve` command: serve, generate, plan, bench. Exit codes: 0 done, 1 the engine failed, 2 bad settings."""
+"""The `moeserve` command: serve, generate, plan, bench. Exit codes: 0 done, 1 the engine failed,
+2 bad settings, 130 Ctrl-C (before `serve` answers; then it drains)."""
 
 from __future__ import annotations
 
@@ -35,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         print(f"moeserve: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
 
 
 def add_engine(parser: argparse.ArgumentParser) -> None:

@@ -16,7 +16,7 @@ from moeserve.expert_balance import ExpertBalance
 from moeserve.launch import RankPlace, RankSet
 from moeserve.plan import EnginePlan
 from moeserve.server.frontend import Frontend
-from moeserve.server.run import HttpServer
+from moeserve.server.run import STOP_SIGNALS, HttpServer
 from moeserve.server.settings import ServerSettings
 from moeserve.text import Tokenizer
 
@@ -110,9 +110,14 @@ async def serve_http(
 ) -> int:
     """Serve until a signal or a failure; the exit code. Raises as running_engine does."""
     settings = server_settings(plan)
+    early: list[int] = []  # signals that come while the ranks' processes are made
+    for number in STOP_SIGNALS:
+        asyncio.get_running_loop().add_signal_handler(number, early.append, number)
     async with running_engine(plan, tokenizer, settings, place) as frontend:
         server = HttpServer(frontend, settings, listener)
         server.handle_signals()
+        if early:
+            server.stop()
         announcing = asyncio.create_task(_announce(frontend, plan, listener))
         code = await server.serve()
         announcing.cancel()

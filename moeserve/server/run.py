@@ -23,6 +23,7 @@ DEAD_SECONDS = 1.0  # how long errors are still answered after the engine's deat
 CLOSE_SECONDS = 2  # then connections with half a request on them are cut
 POLL_SECONDS = 0.02
 BACKLOG = 2048
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -97,7 +98,7 @@ class HttpServer:
     def handle_signals(self) -> None:
         """SIGTERM and SIGINT call stop()."""
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in STOP_SIGNALS:
             loop.add_signal_handler(number, self.stop)
 
     async def _drain(self) -> None:

@@ -122,6 +122,14 @@ def _not_ready(server: ServerProcess) -> bool:
         return True
 
 
+def test_ctrl_c_while_it_loads_ends_it_without_a_word(start_server: Start) -> None:
+    server = start_server(*EP2_TP, wait=False)
+    wait_until(lambda: bool(server.processes()))  # the fork server, which imports torch
+    os.killpg(server.process.pid, signal.SIGINT)
+    assert server.wait_exit() == 0
+    assert "Traceback" not in server.output and "Error" not in server.output
+
+
 def test_no_rank_outlives_a_killed_server(start_server: Start) -> None:
     server = start_server(*EP2_TP)
     below = server.processes()
