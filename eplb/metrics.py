@@ -27,7 +27,7 @@ def rank_load(load: npt.NDArray[Any], placement: Placement, topology: Topology, 
 def slot_load(load: npt.NDArray[Any], placement: Placement, even: bool = False) -> Floats:
     """Load of each slot [..., L, P] for load [..., L, E]."""
     slots = placement.slot_to_expert
-    part = 1.0 / np.take_along_axis(placement.replica_count, slots, axis=1) if even else placement.share
+    part = placement.even_share if even else placement.share
     index = np.broadcast_to(slots, (*load.shape[:-1], slots.shape[1]))
     result: Floats = np.take_along_axis(load, index, axis=-1) * part
     return result

@@ -170,6 +170,12 @@ class Placement:
         )
         return bool((rank.max(axis=2) > rank.min(axis=2)).all())
 
+    @property
+    def even_share(self) -> Floats:
+        """[L, P]: replicas of an expert take equal parts."""
+        even: Floats = 1.0 / np.take_along_axis(self.replica_count, self.slot_to_expert, axis=1)
+        return even
+
     def with_generation(self, generation: int) -> Placement:
         return Placement(self.slot_to_expert, self.num_experts, generation, self.share)
 
@@ -219,8 +225,7 @@ class RoutingTable:
         cls, placement: Placement, source_rank: int, topology: Topology, width: int = TABLE_WIDTH
     ) -> RoutingTable:
         """Every replica of an expert equally often."""
-        even = 1.0 / np.take_along_axis(placement.replica_count, placement.slot_to_expert, axis=1)
-        return cls.weighted(placement, even, source_rank, topology, width)
+        return cls.weighted(placement, placement.even_share, source_rank, topology, width)
 
     @classmethod
     def nearest(

@@ -57,6 +57,7 @@ class ExpertBalance:
         self.expert_groups = expert_groups
         self.ring = LoadRing()
         self.generations: dict[int, int] = {}  # of the placement, by rank
+        self._is_even = bool(np.allclose(placement.share, placement.even_share, atol=1e-6))
         self._survives = placement.survives_rank_loss(topology)
         self._next_line: float | None = None
 
@@ -92,8 +93,8 @@ class ExpertBalance:
         return tokens
 
     def _rank_load(self, load: Counts) -> Floats:
-        """[..., L, G]: replicas take equal parts, as the engine's routing table has it."""
-        return rank_load(load, self.placement, self.topology, even=True)
+        """[..., L, G]: replicas take their shares, as the engine's routing table has it."""
+        return rank_load(load, self.placement, self.topology)
 
     def expert_load(self) -> ExpertLoad | None:
         """All that is kept, as stats.json has it; None when nothing was counted yet."""
@@ -148,7 +149,7 @@ class ExpertBalance:
             "generation": self.placement.generation,
             "digest": self.placement.digest,
             "state": "off",
-            "routing": "even",
+            "routing": "even" if self._is_even else "shares",
             "num_slots": self.placement.num_slots,
             "ep_size": self.topology.num_ranks,
             "survives_rank_loss": self._survives,

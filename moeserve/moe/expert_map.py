@@ -23,7 +23,7 @@ class ExpertMap:
         self.placement = placement
         self.topology = topology
         self.source_rank = source_rank
-        table = RoutingTable.even(placement, source_rank, topology)
+        table = RoutingTable.weighted(placement, placement.share, source_rank, topology)
         self._table = torch.tensor(table.slots, dtype=torch.int64, device=device)  # [L, E, C]
         self._rotation = 0
         self._columns = self._padding = torch.empty(0, 1, dtype=torch.int64, device=device)

@@ -46,6 +46,15 @@ def test_replicas_share_tokens_evenly_within_a_step_and_over_steps() -> None:
     assert seen == {0: 20, 4: 20, 5: 20}
 
 
+def test_replicas_take_the_shares_of_the_placement() -> None:
+    share = np.array([[0.5, 1, 1, 1, 0.2, 0.3], [1, 0.75, 0.75, 1, 0.25, 0.25]])
+    expert_map = ExpertMap(Placement(OLD.slot_to_expert, 4, share=share), TOPOLOGY, 1, device="cpu")
+    expert_map.begin_step(all_valid(60))
+    zeros = torch.zeros(60, 1, dtype=torch.int64)
+    assert Counter(expert_map.look_up(0, zeros).flatten().tolist()) == {0: 30, 4: 12, 5: 18}
+    assert Counter(expert_map.look_up(1, zeros + 1).flatten().tolist()) == {2: 45, 4: 15}
+
+
 def test_local_experts() -> None:
     assert make().local_experts(0) == [3, 0, 0]
     assert make().local_experts(1) == [0, 1, 2]
