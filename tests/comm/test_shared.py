@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -81,8 +82,10 @@ def test_other_length_than_expected(make_pairs: MakePairs) -> None:
 
 def test_silent_rank(make_pairs: MakePairs) -> None:
     a, _ = make_pairs(timeout=0.3)
+    start = time.thread_time()
     with pytest.raises(RuntimeError, match="no message from or to rank 1 moved for 0"):
         a.exchange([], [(1, torch.empty(4))])
+    assert time.thread_time() - start < 0.02, "an idle rank must leave the cores to others"
 
 
 def test_dead_rank(make_pairs: MakePairs) -> None:
