@@ -1,5 +1,5 @@
 """Nodes first: expert groups are packed on nodes exactly, then each node is solved like `connected`, and a few
-bridge replicas across nodes even out what the packing leaves.
+replicas across nodes even out what the packing leaves: bridges for routing weights, or levelling for even parts.
 
 Tokens of group-limited routing then mostly stay in the nodes of their groups.
 """
@@ -13,11 +13,13 @@ from itertools import combinations
 import numpy as np
 import numpy.typing as npt
 
+from moeserve.eplb.native import Singles
 from moeserve.eplb.policies.problem import Problem, rank_major
 from moeserve.eplb.policies.robust import effort_for, order_of, refine
 from moeserve.eplb.types import Floats, Ints
 
 _MOST_PACKINGS = 3000
+_LEAST_LEVELLED = 1e-3  # lower node load, in rank loads, for which a replica crosses nodes
 
 
 def hierarchical(problem: Problem) -> Ints:
@@ -55,7 +57,10 @@ def hierarchical(problem: Problem) -> Ints:
     if problem.redundant and nodes > 1:
         for layer in range(layers):
             for _ in range(1 if nodes <= 4 else 2):
-                _bridge(problem, mean[layer], counts[layer], placed[layer])
+                if problem.weighted:
+                    _bridge(problem, mean[layer], counts[layer], placed[layer])
+                else:
+                    _level(problem, load[layer], counts[layer], placed[layer])
         refine(problem, load, counts, placed, problem.weighted, effort, by_node=True)
     return rank_major(placed)
 
@@ -177,3 +182,35 @@ def _bridge(problem: Problem, mean: Floats, count: Ints, placed: Ints) -> None:
         count[placed[j, g]] -= 1
         count[expert] += 1
         placed[j, g] = expert
+
+
+def _level(problem: Problem, load: Singles, count: Ints, placed: Ints) -> None:
+    """Give the coldest node a replica of an expert of the hottest one, once less often than there are nodes: the
+    expert that leaves the least mean over the windows of the highest node load, if replicas share evenly.
+
+    It goes into the slot of a twin in that node whose expert misses it least.
+    """
+    topology = problem.topology
+    nodes, width = topology.num_nodes, topology.ranks_per_node
+    for _ in range(nodes - 1):
+        standing = np.zeros((problem.num_experts, nodes), np.int32)  # replicas of each expert in each node
+        np.add.at(standing, (placed, np.arange(topology.num_ranks) // width), 1)
+        by_node = (standing / count[:, None]).T @ load  # [nodes, W]
+        mean = np.round(by_node.mean(axis=1), 5)
+        hot, cold = int(mean.argmax()), int(mean.argmin())
+        wanted = np.flatnonzero((standing[:, hot] > 0) & (standing[:, cold] == 0))
+        spare = np.flatnonzero((standing[:, cold] > 1) & (count > problem.least))
+        if hot == cold or not len(wanted) or not len(spare):
+            return
+        part = standing[wanted] / (count[wanted, None] + 1) - standing[wanted] / count[wanted, None]
+        part[:, cold] += 1 / (count[wanted] + 1)
+        highest = (by_node + part[:, :, None] * load[wanted, None]).max(axis=1).mean(axis=1)  # [wanted]
+        best = int(np.argmin(np.round(highest, 5)))
+        if highest[best] > by_node.max(axis=0).mean() - _LEAST_LEVELLED:
+            return
+        lost = spare[np.argmin(np.round(load[spare].mean(axis=1) / (count[spare] - 1), 6))]
+        here = placed[:, cold * width : (cold + 1) * width]
+        j, g = np.argwhere(here == lost)[-1]
+        here[j, g] = wanted[best]
+        count[lost] -= 1
+        count[wanted[best]] += 1
