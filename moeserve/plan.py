@@ -67,16 +67,21 @@ class EnginePlan:
         """Tokens that the KV cache of a rank holds, given what is free there once the weights are loaded.
 
         On a CPU, where memory belongs to everyone, never more than max_batch_size sequences can use.
-        Raises ValueError when the cache cannot hold a page.
+        Raises ValueError when the cache cannot hold a page, or not what kv_cache_config.max_tokens asks for.
         """
         cache = self.config.kv_cache_config
         page = cache.tokens_per_block
+        fitting = int(free_bytes * cache.free_gpu_memory_fraction) // self.weight_bytes().kv_bytes_per_token
         if cache.max_tokens is not None:
             tokens = cache.max_tokens
+            if tokens > fitting:
+                raise ValueError(
+                    f"kv_cache_config.max_tokens = {tokens}: free_gpu_memory_fraction = "
+                    f"{cache.free_gpu_memory_fraction:g} of {max(0, free_bytes) / GIB:.2f} GiB free holds "
+                    f"{max(0, fitting)}; lower it or leave it out"
+                )
         else:
-            tokens = (
-                int(free_bytes * cache.free_gpu_memory_fraction) // self.weight_bytes().kv_bytes_per_token
-            )
+            tokens = fitting
             if self.device == "cpu":
                 pages = -(-self.max_seq_len // page)  # a sequence shares its last page with nobody
                 tokens = min(tokens, self.config.max_batch_size * pages * page)
@@ -119,7 +124,7 @@ def make_plan(config: EngineConfig) -> EnginePlan:
         dtype=plan_dtype(config, spec, device),
         num_slots=num_slots,
         placement=placement,
-        all_to_all=plan_all_to_all(config, layout),
+        all_to_all=plan_all_to_all(config, spec, layout),
         max_seq_len=max_seq_len,
     )
 
@@ -207,13 +212,18 @@ def plan_dtype(config: EngineConfig, spec: ModelSpec, device: str) -> str:
     return "float32" if spec.dtype == "float32" else "bfloat16"
 
 
-def plan_all_to_all(config: EngineConfig, layout: ParallelLayout) -> str:
+def plan_all_to_all(config: EngineConfig, spec: ModelSpec, layout: ParallelLayout) -> str:
     wanted = config.moe_config.all_to_all
     if wanted == "one_sided":
         raise ValueError(
             "moe_config.all_to_all = one_sided: not in this version; use auto, exchange or gather"
         )
-    if layout.ep == 1:
+    if spec.moe is None or layout.ep == 1:
+        if wanted != "auto":
+            raise ValueError(
+                f"moe_config.all_to_all = {wanted}: there are no experts on several expert-parallel ranks that "
+                "would exchange tokens; leave it out"
+            )
         return "local"
     return "exchange" if wanted == "auto" else wanted
 

@@ -58,6 +58,7 @@ BAD_SETTINGS = [  # command line, and what the answer must name
     (["--kv-cache-config.tokens-per-block", "0"], "tokens_per_block = 0"),
     (["--moe-config.all-to-all", "magic"], "moe_config.all_to_all = 'magic': must be one of"),
     (["--moe-config.all-to-all", "one_sided"], "moe_config.all_to_all = one_sided: not in this version"),
+    (["--moe-config.all-to-all", "gather"], "moe_config.all_to_all = gather: there are no experts on"),
     (["--moe-config.load-balancer.num-slots", "31"], "num_slots = 31: must be at least 32"),
     (["--tp-size", "4", "--moe-config.load-balancer.num-slots", "33"], "num_slots = 33"),
     (
@@ -134,6 +135,14 @@ def test_the_public_fingerprint_does_not_depend_on_the_key() -> None:
         for key in (["--api-key", "a"], [])
     ]
     assert settings[0].config_hash == settings[1].config_hash
+
+
+def test_a_cache_beyond_the_memory_is_refused_before_it_is_filled() -> None:
+    plan = make_plan(parse_arguments(["--device", "cpu", "--kv-cache-config.max-tokens", "1000000000"]))
+    with pytest.raises(
+        ValueError, match=r"max_tokens = 1000000000: .* of 1\.00 GiB free holds \d+; lower it"
+    ):
+        plan.kv_tokens(1 << 30)
 
 
 @pytest.mark.parametrize("max_seq_len", [20, 100])
