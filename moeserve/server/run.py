@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import math
 import resource
@@ -37,6 +38,8 @@ def bind(host: str, port: int) -> socket.socket:
         listener.listen(BACKLOG)
     except OSError as error:
         listener.close()
+        if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+            raise ValueError(f"host = {host}: {error.strerror}; give an address of this machine") from None
         raise ValueError(
             f"port: {port} cannot be listened on at {host}: {error.strerror}; "
             "end the program that has it or choose another --port"

@@ -234,3 +234,9 @@ def test_a_port_in_use_is_named(server: Any) -> None:
         ValueError, match=f"port: {port} cannot be listened on at 127.0.0.1: Address already in use"
     ):
         bind("127.0.0.1", port)
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "no.such.host.invalid"])
+def test_a_host_that_is_not_this_one_is_named(host: str) -> None:
+    with pytest.raises(ValueError, match=f"host = {host}: .*; give an address of this machine"):
+        bind(host, 0)
