@@ -18,11 +18,15 @@ from moeserve.eplb.metrics import imbalance, rank_load
 from moeserve.eplb.migration import Traffic, plan_migration, traffic
 from moeserve.eplb.policies import POLICIES
 from moeserve.eplb.policies.problem import Problem
+from moeserve.eplb.policies.robust import QUICK, place
 from moeserve.eplb.routing import static_shares, step_shares
 from moeserve.eplb.solver import explain
 from moeserve.eplb.types import Floats, Ints, MigrationPlan, Placement, Topology
 
 Routing = Literal["even", "shares", "step"]
+
+_FAR = 0.03  # relative gain of a fresh placement from which small steps are worth taking
+_DECISIONS = 8  # over which min_gain may then be spread
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,8 @@ class Costs:
 class Settings:
     """windows: how many the rebalancer remembers; min_windows: from how many it acts. policy: auto improves the
     current placement by at most max_moves_per_layer slot changes a decision; the name of a policy solves from
-    scratch, without that limit. min_gain: least relative gain in imbalance, over all layers, that is acted on.
+    scratch, without that limit. min_gain: least relative gain in imbalance, over all layers, that is acted on; far
+    from what a fresh placement would bring, an eighth of it is enough.
     routing: how the engine splits tokens over replicas. costs: None leaves out what moves cost."""
 
     windows: int = 16
@@ -127,16 +132,18 @@ class Rebalancer:
             )
         windows = np.stack(self.windows)
         before = self._imbalance(windows, self.placement)
-        proposed = self._propose(windows)
-        after = self._imbalance(windows, proposed)
+        least = self.settings.min_gain
         if self.settings.policy == "auto":
-            proposed, after = self._worthwhile_layers(before, proposed, after)
+            proposed, after, least = self._improve(windows, before)
+        else:
+            proposed = self._solve(windows)
+            after = self._imbalance(windows, proposed)
         was, now = float(before.mean()), float(after.mean())
         if proposed.digest == self.placement.digest:
             return Decision(None, "no layer gains enough", was, was)
         gain = (was - now) / was
-        if gain < self.settings.min_gain:
-            return Decision(None, f"gain {gain:.2%} is below min_gain {self.settings.min_gain:.2%}", was, now)
+        if gain < least:
+            return Decision(None, f"gain {gain:.2%} is below min_gain {least:.2%}", was, now)
         plan = plan_migration(self.placement, proposed, self.topology)
         moved = traffic(plan, self.topology)
         gain_seconds, cost_seconds = self._weigh(gain, moved)
@@ -148,27 +155,44 @@ class Rebalancer:
             return replace(found, plan=None, reason=reason)
         return found
 
-    def _propose(self, windows: npt.NDArray[np.int64]) -> Placement:
-        s, current, topology = self.settings, self.placement, self.topology
-        weighted = s.routing != "even"
-        if s.policy != "auto":
-            return explain(
-                windows, topology, policy=s.policy, current=current, expert_groups=s.expert_groups,
-                survive_rank_loss=s.survive_rank_loss, routing="shares" if weighted else "even",
-            ).placement  # fmt: skip
+    def _improve(self, windows: npt.NDArray[np.int64], before: Floats) -> tuple[Placement, Floats, float]:
+        """(a placement within max_moves_per_layer, its imbalance [L], the least gain to act on)."""
+        s, current = self.settings, self.placement
         problem = Problem.of(
             windows,
-            topology,
+            self.topology,
             expert_groups=s.expert_groups,
             survive_rank_loss=s.survive_rank_loss,
-            weighted=weighted,
+            weighted=s.routing != "even",
         )
         slots: Ints
         if s.routing == "step":
             slots, _ = improve_steps(problem, current, s.max_moves_per_layer)
         else:
             slots = improve_even(problem, current, s.max_moves_per_layer)
-        return self._placement(slots, windows)
+        found = self._placement(slots, windows)
+        after = self._imbalance(windows, found)
+        kept, then = self._worthwhile_layers(before, found, after, s.min_gain / 2)
+        was = float(before.mean())
+        if float(then.mean()) <= was * (1 - s.min_gain) or not self._far_off(problem, windows, was):
+            return kept, then, s.min_gain
+        least = s.min_gain / _DECISIONS
+        return *self._worthwhile_layers(before, found, after, least / 2), least
+
+    def _far_off(self, problem: Problem, windows: npt.NDArray[np.int64], now: float) -> bool:
+        """Whether even a quick fresh placement is so much better that small steps towards the like are worth it."""
+        worth = now * (1 - max(_FAR, self.settings.min_gain))
+        if worth <= 1.0:
+            return False
+        fresh = place(problem, connect=problem.weighted, effort=QUICK)
+        return float(self._imbalance(windows, self._placement(fresh, windows)).mean()) < worth
+
+    def _solve(self, windows: npt.NDArray[np.int64]) -> Placement:
+        s = self.settings
+        return explain(
+            windows, self.topology, policy=s.policy, current=self.placement, expert_groups=s.expert_groups,
+            survive_rank_loss=s.survive_rank_loss, routing="even" if s.routing == "even" else "shares",
+        ).placement  # fmt: skip
 
     def _placement(self, slots: Ints, windows: npt.NDArray[np.int64]) -> Placement:
         placement = Placement(slots, self.placement.num_experts, self.placement.generation + 1)
@@ -177,10 +201,10 @@ class Rebalancer:
         return replace(placement, share=static_shares(placement, windows, self.topology))
 
     def _worthwhile_layers(
-        self, before: Floats, proposed: Placement, after: Floats
+        self, before: Floats, proposed: Placement, after: Floats, least: float
     ) -> tuple[Placement, Floats]:
-        """The proposal and its imbalance [L] for layers that gain by it; the others keep what they have."""
-        gains = before - after > before * self.settings.min_gain / 2
+        """The proposal and its imbalance [L] for layers that gain `least` by it; the others keep what they have."""
+        gains = before - after > before * least
         slots = np.where(gains[:, None], proposed.slot_to_expert, self.placement.slot_to_expert)
         share = np.where(gains[:, None], proposed.share, self.placement.share)
         kept = Placement(slots, proposed.num_experts, proposed.generation, share)

@@ -31,6 +31,9 @@ class Effort:
     least_gain: float = 1e-2
 
 
+QUICK = Effort(rounds=0)
+
+
 def robust(problem: Problem, effort: Effort | None = None) -> Ints:
     """slots [L, P] for replicas that share evenly."""
     return place(problem, connect=False, effort=effort or effort_for(problem))

@@ -9,6 +9,7 @@ import time
 import numpy as np
 import pytest
 
+from moeserve.eplb import solve
 from moeserve.eplb.migration import apply_plan
 from moeserve.eplb.rebalancer import Costs, Rebalancer, Routing, Settings
 from moeserve.eplb.service import Answer, RebalanceService
@@ -46,6 +47,21 @@ def test_converges_and_keeps_still_under_steady_load(routing: Routing) -> None:
     assert max(moves) <= 4 * 4
     assert sum(moves[20:]) == 0
     assert rebalancer.decide().before < (1.12 if routing == "even" else 1.10 if routing == "shares" else 1.04)
+
+
+@pytest.mark.parametrize("routing", ["even", "step"])
+def test_few_moves_at_a_time_still_arrive(routing: Routing) -> None:
+    """With one slot change a layer each decision gains less than min_gain long before there is nothing to gain."""
+    windows = _windows("steady", 80)
+    rebalancer = Rebalancer(
+        Placement.identity(4, 64, 72), TOPOLOGY, Settings(routing=routing, max_moves_per_layer=2)
+    )
+    moves = _drive(rebalancer, windows)
+    assert max(moves) <= 2 * 4 and sum(moves[60:]) == 0
+    fresh = Rebalancer(solve(windows[-16:], TOPOLOGY, routing="even"), TOPOLOGY, rebalancer.settings)
+    for window in windows[-16:]:
+        fresh.observe(window)
+    assert rebalancer.decide().before < 1.04 * fresh.decide().before
 
 
 def test_follows_a_drift() -> None:
