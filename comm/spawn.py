@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import faulthandler
 import fcntl
 import importlib
@@ -16,7 +17,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -33,7 +34,11 @@ _started: list[BaseProcess] = []
 
 
 def start_process(
-    target: Callable[..., object], args: Sequence[Any] = (), name: str | None = None
+    target: Callable[..., object],
+    args: Sequence[Any] = (),
+    name: str | None = None,
+    *,
+    with_main: bool = True,
 ) -> BaseProcess:
     """Starts target(*args) in a new process that dies with this one, however this one ends.
 
@@ -42,6 +47,9 @@ def start_process(
     process's environment, but what torch reads at import (OMP_NUM_THREADS) counts as it was at the first
     call. The kernel kills it when this process ends in any way without having waited for it; it may start
     processes of its own, which are bound to it in the same way.
+
+    with_main: whether it imports this program's main module first, as multiprocessing does. False for what does
+    not need anything of it: a script without `if __name__ == "__main__":` would start over there.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
@@ -49,13 +57,25 @@ def start_process(
     process = context.Process(
         target=_run_bound_to_parent, args=(dict(os.environ), target, tuple(args)), name=name
     )
-    process.start()
+    with contextlib.nullcontext() if with_main else _hidden_main():
+        process.start()
     if not _started:
         atexit.register(
             _kill_started
         )  # registered after multiprocessing's own join at exit, so runs before it
     _started[:] = [p for p in _started if p.is_alive()] + [process]
     return process
+
+
+@contextlib.contextmanager
+def _hidden_main() -> Iterator[None]:
+    """Multiprocessing tells a new process what the main module is; there is no option to leave it out."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def free_port(host: str = "127.0.0.1") -> int:

@@ -108,7 +108,8 @@ class RankSet:
             ) from error
         loop = asyncio.get_running_loop()
         for place in places:
-            process = start_process(rank_main, (self.plan, place), name=f"moeserve-rank-{place.rank}")
+            name = f"moeserve-rank-{place.rank}"
+            process = start_process(rank_main, (self.plan, place), name, with_main=False)
             self.processes[place.rank] = process
             loop.add_reader(process.sentinel, self._process_ended, place.rank)
         self._tasks = [asyncio.create_task(self._listen())]

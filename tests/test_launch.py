@@ -75,7 +75,7 @@ def test_the_first_failure_is_shown_though_it_is_heard_last(monkeypatch: pytest.
     mails: list[str] = []
 
     def start_process(
-        function: Callable[..., None], given: tuple[object, RankPlace], name: str
+        function: Callable[..., None], given: tuple[object, RankPlace], name: str, *, with_main: bool
     ) -> SilentProcess:
         mails.append(given[1].mail)
         return SilentProcess()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -148,6 +151,21 @@ def test_closing_ends_what_still_runs() -> None:
         assert time.monotonic() - start < 5
         with pytest.raises(RuntimeError, match="shutting down"):
             running.result(5)
+
+
+def test_a_plain_script_needs_no_main_guard(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from moeserve.llm import LLM\n"
+        "from moeserve.messages import SamplingParams\n"
+        "with LLM(tensor_parallel_size=2) as llm:\n"
+        "    print(len(llm.generate(['Once'], SamplingParams(max_tokens=3, ignore_eos=True))[0].token_ids))\n"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    done = subprocess.run(
+        [sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert (done.stdout, done.returncode) == ("3\n", 0), done.stderr
 
 
 def test_stop_strings_logprobs_and_routed_experts(alone: LLM, texts: list[str]) -> None:
