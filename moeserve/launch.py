@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import tempfile
 import time
 from collections.abc import Mapping
@@ -52,23 +53,51 @@ def place_from_environment(environment: Mapping[str, str]) -> RankPlace | None:
     """
     if "RANK" in environment:
         names = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE")
-    elif "SLURM_PROCID" in environment and environment.get("SLURM_NTASKS", "1") != "1":
-        names = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE", "SLURM_NTASKS")
+    elif environment.get("SLURM_STEP_NUM_TASKS", "1") != "1":  # unset in a batch script, which is no rank
+        names = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE", "SLURM_STEP_NUM_TASKS")
+        environment = {**environment, names[2]: _own_node(environment, names[2])}
     else:
         return None
     numbers = []
     for name in (*names, "MASTER_PORT"):
-        digits = re.match(
-            r"\d+", environment.get(name, "")
-        )  # Slurm writes "4(x2)" for 4 tasks on each of 2 nodes
-        if digits is None:
+        if not re.fullmatch(r"\d+", environment.get(name, "")):
             raise ValueError(f"{name} = {environment.get(name)!r}: the launcher must set it to a number")
-        numbers.append(int(digits.group()))
+        numbers.append(int(environment[name]))
     rank, local_rank, local_size, world_size, port = numbers
     address = environment.get("MASTER_ADDR")
     if not address:
         raise ValueError("MASTER_ADDR is not set: the launcher must set it to the host of rank 0")
     return RankPlace(rank, local_rank, local_size, world_size, (address, port), f"tcp://{address}:{port + 1}")
+
+
+def _own_node(environment: Mapping[str, str], name: str) -> str:
+    """This node's number in Slurm's short list, where "4(x2),3" is 4 on each of two nodes and 3 on another."""
+    text, node = environment.get(name, ""), environment.get("SLURM_NODEID", "")
+    numbers = [
+        number
+        for number, times in re.findall(r"(\d+)(?:\(x(\d+)\))?(?:,|$)", text)
+        for _ in range(int(times or 1))
+    ]
+    if not node.isdecimal() or int(node) >= len(numbers):
+        raise ValueError(
+            f"{name} = {text!r}, SLURM_NODEID = {node!r}: the launcher must set both, as Slurm does"
+        )
+    return numbers[int(node)]
+
+
+def check_reachable(place: RankPlace) -> None:
+    """Raise ValueError when the other hosts' ranks cannot reach this host at its own name, else they wait minutes."""
+    host = place.store[0]
+    try:
+        address = socket.gethostbyname(host)
+    except OSError as error:
+        raise ValueError(f"MASTER_ADDR = {host}: not known on the host of rank 0: {error}") from None
+    meant = host == "localhost" or host.startswith("127.")  # several launchers on one machine
+    if address.startswith("127.") and not meant and place.local_size < place.world_size:
+        raise ValueError(
+            f"MASTER_ADDR = {host}: is {address} on that host itself, where ranks of other hosts cannot reach it; "
+            "use its address in their network, or correct its /etc/hosts"
+        )
 
 
 @dataclass
@@ -116,6 +145,7 @@ class RankSet:
 
     def _places(self) -> list[RankPlace]:
         if self.place is not None:
+            check_reachable(self.place)
             return [self.place]
         size = self.plan.layout.world_size
         store, mail = ("127.0.0.1", free_port()), f"ipc://{self._directory}/mail"

@@ -10,7 +10,7 @@ import zmq
 
 from moeserve import launch
 from moeserve.config import parse_arguments
-from moeserve.launch import RankPlace, RankSet, place_from_environment
+from moeserve.launch import RankPlace, RankSet, check_reachable, place_from_environment
 from moeserve.messages import RankFailed, encode
 from moeserve.plan import make_plan
 
@@ -25,8 +25,9 @@ TORCHRUN = {
 SLURM = {
     "SLURM_PROCID": "3",
     "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "1",
     "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
-    "SLURM_NTASKS": "4",
+    "SLURM_STEP_NUM_TASKS": "4",
     "MASTER_ADDR": "10.0.0.1",
     "MASTER_PORT": "29500",
 }
@@ -41,14 +42,24 @@ def test_a_launched_rank_knows_its_place(environment: dict[str, str]) -> None:
     assert place.mail == "tcp://10.0.0.1:29501"
 
 
-@pytest.mark.parametrize("environment", [{}, {"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}])
+@pytest.mark.parametrize(("node", "tasks"), [("0", 4), ("1", 4), ("2", 3), ("3", 12)], ids="node {}".format)
+def test_nodes_may_have_different_numbers_of_tasks(node: str, tasks: int) -> None:
+    uneven = {"SLURM_NODEID": node, "SLURM_STEP_TASKS_PER_NODE": "4(x2),3,12", "SLURM_STEP_NUM_TASKS": "23"}
+    place = place_from_environment(SLURM | uneven)
+    assert place is not None and place.local_size == tasks
+
+
+BATCH_SCRIPT = {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_TASKS_PER_NODE": "2(x2)"}
+
+
+@pytest.mark.parametrize("environment", [{}, {**SLURM, "SLURM_STEP_NUM_TASKS": "1"}, BATCH_SCRIPT])
 def test_without_a_launcher_the_ranks_are_local(environment: dict[str, str]) -> None:
     assert place_from_environment(environment) is None
 
 
 @pytest.mark.parametrize("environment", [TORCHRUN, SLURM])
 def test_a_missing_variable_is_named(environment: dict[str, str]) -> None:
-    for name in environment.keys() - {"RANK", "SLURM_PROCID", "SLURM_NTASKS"}:
+    for name in environment.keys() - {"RANK", "SLURM_STEP_NUM_TASKS"}:
         with pytest.raises(ValueError, match=name):
             place_from_environment({key: value for key, value in environment.items() if key != name})
     with pytest.raises(ValueError, match="MASTER_PORT = 'soon'"):
@@ -117,3 +128,19 @@ def test_a_taken_port_for_the_ranks_mail_is_named() -> None:
 
         with pytest.raises(ValueError, match=f"MASTER_PORT = {port - 1}: .*:{port}.*in use"):
             asyncio.run(start())
+
+
+def test_a_name_that_other_hosts_cannot_reach_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def place(host: str, local_size: int) -> RankPlace:
+        return RankPlace(0, 0, local_size, 4, (host, 29500), f"tcp://{host}:29501")
+
+    monkeypatch.setattr(socket, "gethostbyname", {"n1": "127.0.1.1", "127.0.0.1": "127.0.0.1"}.__getitem__)
+    with pytest.raises(ValueError, match="MASTER_ADDR = n1: is 127.0.1.1 on that host"):
+        check_reachable(place("n1", local_size=2))
+    check_reachable(place("n1", local_size=4))
+    check_reachable(place("127.0.0.1", local_size=2))
+
+
+def test_an_unknown_name_is_refused() -> None:
+    with pytest.raises(ValueError, match="MASTER_ADDR = no host: not known"):
+        check_reachable(RankPlace(0, 0, 1, 2, ("no host", 29500), "tcp://no host:29501"))

@@ -164,15 +164,16 @@ class SocketMail:
 
 
 def rank_main(plan: EnginePlan, place: RankPlace) -> None:
-    """The life of a rank's process. Its end is decided by the front-end, not by the terminal's signals."""
+    """The life of a rank's process. Once it serves, its end is decided by the front-end, not by signals to all."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     logging.basicConfig(
         level=logging.INFO, format=f"%(asctime)s %(levelname)s rank={place.rank} %(message)s", force=True
     )
     mail = SocketMail(place.mail, place.rank)
     try:
         rank = start(plan, place, mail)
+        # Only now: a rank that waits for one that will never come must end when its launcher says so.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     except ValueError as error:  # of a file or a setting: the text says it all
         report(mail, RankFailed(place.rank, time.time(), str(error), mistake=True))
     except BaseException:
