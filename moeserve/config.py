@@ -209,8 +209,11 @@ def read_config(flags: argparse.Namespace) -> EngineConfig:
         if name in hints and text is not None:
             *sections, last = name.split(".")
             table = values
-            for part in sections:
-                table[part] = dict(table.get(part) or {})
+            for depth, part in enumerate(sections, 1):
+                inner = table.get(part)
+                if not isinstance(inner, (Mapping, types.NoneType)):
+                    raise ValueError(f"{'.'.join(sections[:depth])} = {inner!r}: must be a table of settings")
+                table[part] = dict(inner or {})
                 table = table[part]
             table[last] = _flag_value(hints[name], text, name)
     return parse(EngineConfig, values)

@@ -42,6 +42,7 @@ def api_keys(setting: str | None) -> tuple[str, ...]:
 
 def server_settings(plan: EnginePlan) -> ServerSettings:
     config, moe = plan.config, plan.spec.moe
+    room = config.max_queued_requests + config.max_batch_size * plan.layout.dp
     return ServerSettings(
         model_name=plan.model_name,
         max_seq_len=plan.max_seq_len,
@@ -53,6 +54,8 @@ def server_settings(plan: EnginePlan) -> ServerSettings:
         config_hash=hashlib.sha256(repr(replace(config, api_key=None)).encode()).hexdigest()[:10],
         api_keys=api_keys(config.api_key),
         max_queued_requests=config.max_queued_requests,
+        max_choices=min(ServerSettings.max_choices, room),
+        max_sequences=min(ServerSettings.max_sequences, room),
         max_queued_tokens=config.max_queued_tokens,
         request_timeout=config.request_timeout,
         drain_timeout=config.drain_timeout,
@@ -128,6 +131,7 @@ async def _announce(frontend: Frontend, plan: EnginePlan, listener: socket.socke
     await until_ready(frontend)
     if not frontend.dead.is_set():
         host, port = listener.getsockname()[:2]
+        host = f"[{host}]" if ":" in host else host
         print(f"moeserve is ready: {plan.model_name} on {plan.layout.world_size} ranks", flush=True)
         print(f"  API      http://{host}:{port}/v1", flush=True)
         print(f"  metrics  http://{host}:{port}/metrics", flush=True)

@@ -115,6 +115,13 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
     assert (config.kv_cache_config.tokens_per_block, config.kv_cache_config.max_tokens) == (16, 320)
 
 
+def test_a_flag_of_a_section_that_the_file_spoils(tmp_path: Path) -> None:
+    file = tmp_path / "engine.yaml"
+    file.write_text("moe_config: {load_balancer: 3}")
+    with pytest.raises(ValueError, match="moe_config.load_balancer = 3: must be a table"):
+        parse_arguments(["--config", str(file), "--moe-config.load-balancer.num-slots", "40"])
+
+
 def test_every_spelling_of_a_flag() -> None:
     for flag in ("--tensor-parallel-size", "--tensor_parallel_size", "--tp-size", "--tp_size"):
         assert parse_arguments([flag, "4"]).tensor_parallel_size == 4
@@ -127,6 +134,14 @@ def test_a_list_of_keys_holds_one_at_least() -> None:
     assert api_keys(" a, b,") == ("a", "b")
     with pytest.raises(ValueError, match="api_key = ' ,': holds no key"):
         api_keys(" ,")
+
+
+def test_one_request_may_bring_no_more_than_can_ever_wait() -> None:
+    small = ["--device", "cpu", "--max-batch-size", "4", "--max-queued-requests", "3"]
+    settings = server_settings(make_plan(parse_arguments(small)))
+    assert settings.max_choices == settings.max_sequences == 7
+    settings = server_settings(make_plan(parse_arguments(["--device", "cpu"])))
+    assert (settings.max_choices, settings.max_sequences) == (128, 1024)
 
 
 def test_the_public_fingerprint_does_not_depend_on_the_key() -> None:
