@@ -319,6 +319,8 @@ class Frontend:
 
     def _note_stats(self, replica: int, stats: EngineStats) -> None:
         before = self._stats.get(replica)
+        if before is not None and stats.step < before.step:
+            return  # a heartbeat of another rank of the replica, overtaken: counters never go back
         self._stats[replica] = stats
         if before is not None and stats.step > before.step:
             made = stats.prompt_tokens + stats.generated_tokens

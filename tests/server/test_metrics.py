@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
+from moeserve.messages import EngineStats, StepDone
 from moeserve.server.metrics import Histogram, ServingCollector, ServingMetrics
 
 CONTRACT = {
@@ -126,3 +127,12 @@ def test_promtool_finds_nothing_but_the_peers_colons(start_server: Callable[...,
     assert not found
     if compat != "vllm":
         assert done.returncode == 0
+
+
+def test_counters_do_not_go_back_with_a_late_heartbeat(start_server: Callable[..., Any]) -> None:
+    """Ranks of one replica run the same scheduler, and their messages may overtake one another."""
+    server = start_server()
+    for rank, step in ((0, 1005), (1, 1003)):
+        stats = EngineStats(step, 0, 0, 0, 10, 7 * step, step, preemptions=step, cached_tokens=0)
+        server.call(lambda rank=rank, stats=stats: server.frontend.handle(0, StepDone(rank, [], stats)))
+    assert server.call(server.frontend.replica_stats)[0].preemptions == 1005
