@@ -206,7 +206,12 @@ class RankSet:
             if isinstance(message, RankFailed):
                 self._fail(message)
             else:
-                self._num_ready += isinstance(message, RankReady)
+                if isinstance(message, RankReady):
+                    self._num_ready += 1
+                    if (
+                        self._num_ready == self.plan.layout.world_size
+                    ):  # connected: a SIGKILL leaves no file now
+                        shutil.rmtree(self._directory, ignore_errors=True)
                 self._inbox.put_nowait((int(sender) // self.plan.layout.tp, message))
 
     def _process_ended(self, rank: int) -> None:

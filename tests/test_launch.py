@@ -4,6 +4,8 @@ import asyncio
 import os
 import socket
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import zmq
@@ -11,7 +13,7 @@ import zmq
 from moeserve import launch
 from moeserve.config import parse_arguments
 from moeserve.launch import RankPlace, RankSet, check_reachable, place_from_environment
-from moeserve.messages import RankFailed, encode
+from moeserve.messages import RankFailed, RankReady, Wake, decode_to_rank, encode
 from moeserve.plan import make_plan
 
 TORCHRUN = {
@@ -82,25 +84,60 @@ class SilentProcess:
         os.close(self.sentinel)
 
 
-def test_the_first_failure_is_shown_though_it_is_heard_last(monkeypatch: pytest.MonkeyPatch) -> None:
-    mails: list[str] = []
+@pytest.fixture
+def mails(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Where the ranks would send their mail; none is started."""
+    addresses: list[str] = []
 
     def start_process(
         function: Callable[..., None], given: tuple[object, RankPlace], name: str, *, with_main: bool
     ) -> SilentProcess:
-        mails.append(given[1].mail)
+        addresses.append(given[1].mail)
         return SilentProcess()
 
     monkeypatch.setattr(launch, "start_process", start_process)
+    return addresses
 
+
+def two_ranks() -> RankSet:
+    return RankSet(make_plan(parse_arguments(["--device", "cpu", "--tp-size", "2"])))
+
+
+def speak_as_ranks(mails: list[str]) -> list[Any]:
+    speakers = []
+    for rank, address in enumerate(mails):
+        speakers.append(zmq.asyncio.Context.instance().socket(zmq.DEALER))
+        speakers[rank].setsockopt(zmq.IDENTITY, str(rank).encode())
+        speakers[rank].setsockopt(zmq.LINGER, 0)
+        speakers[rank].connect(address)
+    return speakers
+
+
+def test_no_file_is_left_once_the_ranks_are_there(mails: list[str]) -> None:
     async def main() -> None:
-        ranks = RankSet(make_plan(parse_arguments(["--device", "cpu", "--tp-size", "2"])))
+        ranks = two_ranks()
         ranks.start()
-        speakers = []
-        for rank, address in enumerate(mails):
-            speakers.append(zmq.asyncio.Context.instance().socket(zmq.DEALER))
-            speakers[rank].setsockopt(zmq.IDENTITY, str(rank).encode())
-            speakers[rank].connect(address)
+        folder = Path(mails[0].removeprefix("ipc://")).parent
+        speakers = speak_as_ranks(mails)
+        for rank, speaker in enumerate(speakers):
+            assert folder.exists()
+            await speaker.send(encode(RankReady(rank, 1, 1, 1)))
+            await ranks.receive()
+        assert not folder.exists()
+        await ranks.send(0, Wake())
+        assert decode_to_rank(await speakers[0].recv()) == Wake()
+        await ranks.stop(timeout=0)
+        for speaker in speakers:
+            speaker.close()
+
+    asyncio.run(main())
+
+
+def test_the_first_failure_is_shown_though_it_is_heard_last(mails: list[str]) -> None:
+    async def main() -> None:
+        ranks = two_ranks()
+        ranks.start()
+        speakers = speak_as_ranks(mails)
         await speakers[1].send(encode(RankFailed(1, 20.0, "rank 0 has died")))
         assert await ranks.receive() == (0, RankFailed(1, 20.0, "rank 0 has died"))
         stopping = asyncio.create_task(ranks.stop())
