@@ -96,10 +96,6 @@ class Tokenizer:
     def is_special(self, token_id: int) -> bool:
         return token_id in self._special_ids
 
-    @property
-    def has_chat_template(self) -> bool:
-        return self._template is not None
-
     def render_chat(
         self,
         messages: Sequence[Mapping[str, Any]],
