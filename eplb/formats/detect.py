@@ -39,6 +39,8 @@ def _read(path: Path, raw_shape: tuple[int, int] | None) -> ExpertLoad:
         return vllm.parse_stats(data)
     if data[:1] == b"\x80":
         raise ValueError("a bare pickle, as torch before 1.6 wrote: save it again with torch.save of today")
+    if data.lstrip()[:1] not in (b"{", b"["):
+        raise ValueError("expert load of no known engine; raw int32 expert ids need --raw-shape LAYERS,TOP_K")
     document = mapping(parse_json(data))
     if "format" not in document and "logical_count" in document:
         return sglang_stats.parse_dump(document)
