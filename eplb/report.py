@@ -16,7 +16,7 @@ from moeserve.eplb.load import ExpertLoad
 from moeserve.eplb.metrics import FORMULA, Balance, balance, imbalance, moves_between, rank_load
 from moeserve.eplb.routing import step_shares
 from moeserve.eplb.solver import Solution
-from moeserve.eplb.table import number, paint, render
+from moeserve.eplb.table import number, paint, render, wrap
 from moeserve.eplb.types import Floats, Placement, Topology
 
 
@@ -137,22 +137,26 @@ def render_report(report: Report, colour: bool = False) -> str:
     about = report.about
     windows = f"{about['windows']} window{'s' if about['windows'] > 1 else ''}"
     lines = [
-        f"{about['model'] or 'unnamed model'}: {about['layers']} MoE layers of {about['num_experts']} experts, "
-        f"{about['assignments']:,} routed choices in {windows}",
+        wrap(
+            f"{about['model'] or 'unnamed model'}: {about['layers']} MoE layers of {about['num_experts']} experts, "
+            f"{about['assignments']:,} routed choices in {windows}"
+        ),
         f"placed on {about['ep_size']} ranks ({about['num_nodes']} node{'s' if about['num_nodes'] > 1 else ''}), "
         f"{about['slots_per_rank']} slots each: {about['num_slots']} slots, {about['redundant']} redundant",
-        f"policy {about['policy']}: {about['reason']}; {about['seconds']:.3f} s",
+        wrap(f"policy {about['policy']}: {about['reason']}; {about['seconds']:.3f} s"),
         "",
-        "imbalance = max rank load / mean rank load, per window, averaged over windows (1.0 is perfect);",
-        "mean and worst over layers; held out: "
-        + (
-            f"solved without the last {about['held_out']} windows, measured on them"
-            if about["held_out"]
-            else "no window to spare"
+        wrap(
+            "imbalance = max rank load / mean rank load, per window, averaged over windows (1.0 is perfect); mean and "
+            "worst over layers; held out: "
+            + (
+                f"solved without the last {about['held_out']} windows, measured on them"
+                if about["held_out"]
+                else "no window to spare"
+            )
         ),
         "",
     ]
-    head = ["placement", "split", "in-sample mean", "worst", "held-out mean", "worst", "moves"]
+    head = ["placement", "split", "in-sample", "worst", "held-out", "worst", "moves"]
     rows = []
     for line in report.lines:
         held = line.held_out
@@ -176,8 +180,10 @@ def render_report(report: Report, colour: bool = False) -> str:
     lines += [
         "",
         paint(
-            "split: even = replicas share equally; shares = fixed parts from the placement; step = parts set anew for\n"
-            "each window's own load. moves: expert weights that ranks must load, all layers together.",
+            wrap(
+                "split: even = replicas share equally; shares = fixed parts from the placement; step = parts set anew "
+                "for each window's own load. moves: expert weights that ranks must load, all layers together."
+            ),
             "dim",
             colour,
         ),

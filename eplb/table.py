@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -32,6 +33,11 @@ def render(
         if number == 0:
             lines.append(paint("-" * (sum(widths) + 2 * (len(widths) - 1)), "dim", colour))
     return "\n".join(lines)
+
+
+def wrap(text: str, indent: str = "") -> str:
+    """Text for a terminal of 80 columns; all lines but the first begin with indent."""
+    return textwrap.fill(text, 79, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def paint(text: str, style: str, colour: bool) -> str:

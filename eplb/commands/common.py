@@ -11,6 +11,7 @@ from typing import Any, TextIO
 from moeserve.eplb.formats.detect import read_load
 from moeserve.eplb.formats.files import write_text
 from moeserve.eplb.load import ExpertLoad
+from moeserve.eplb.solver import explain
 from moeserve.eplb.table import on_terminal, working
 from moeserve.eplb.types import Placement, Topology
 
@@ -91,6 +92,11 @@ def in_force(load: ExpertLoad, topology: Topology) -> tuple[Placement, str]:
     if load.placement is not None and load.placement.num_slots == topology.num_slots:
         return load.placement, "in force"
     return Placement.identity(load.num_layers, load.num_experts, topology.num_slots), "identity"
+
+
+def deepseek_greedy(load: ExpertLoad, topology: Topology, groups: int) -> Placement:
+    """What DeepSeek's code would place: for the summed load, replicas sharing evenly."""
+    return explain(load.load, topology, policy="greedy", expert_groups=groups, routing="even").placement
 
 
 def publish(kind: str, table: str, document: Any, page: str, stream: TextIO) -> None:

@@ -24,14 +24,20 @@ from moeserve.eplb.commands.common import (
     topology_arguments,
     topology_of,
 )
-from moeserve.eplb.html import document, lines
+from moeserve.eplb.html import document, lines, table
 from moeserve.eplb.load import ExpertLoad
 from moeserve.eplb.metrics import FORMULA, imbalance, rank_load
 from moeserve.eplb.policies import POLICIES
 from moeserve.eplb.rebalancer import Costs, Rebalancer, Routing, Settings
 from moeserve.eplb.routing import step_shares
-from moeserve.eplb.table import number, progress, render, size
+from moeserve.eplb.table import number, progress, render, size, wrap
 from moeserve.eplb.types import Placement, Topology
+
+_LEGEND = (
+    "worst: of the windows. decisions: to move something. per layer: moves a layer a window. gain: expert time "
+    "saved against `never` when it stands first, less the stall of moves where --expert-bytes and --step-seconds are "
+    "given."
+)
 
 
 @dataclass(frozen=True)
@@ -111,11 +117,10 @@ def run(options: argparse.Namespace) -> None:
         outcomes.append(_drive(name, load, start, topology, settings, options, still))
     if options.quiet:
         return
-    title = f"Replay of {load.model or 'a model'}"
     windows = list(range(load.num_windows))
     page = document(
-        title,
-        [f"<h1>{title}</h1>", f"<p class=note>{FORMULA}, routing {options.routing}.</p>",
+        f"Replay of {load.model or 'an unnamed model'}",
+        [f"<p class=note>{_about(options.routing)}</p>", table(*_cells(outcomes)), f"<p class=note>{_LEGEND}</p>",
          lines({o.policy: (windows, o.by_window) for o in outcomes}, "window", "max / mean")],
     )  # fmt: skip
     data = {"formula": FORMULA, "routing": options.routing, "outcomes": [asdict(o) for o in outcomes]}
@@ -166,18 +171,15 @@ def served(
     return float(imbalance(ranks).mean())
 
 
-def _table(outcomes: list[Outcome], routing: str, colour: bool) -> str:
-    head = [
-        "policy",
-        "imbalance",
-        "worst window",
-        "rebalances",
-        "moves",
-        "moves/layer/window",
-        "bytes",
-        "solve s",
-        "net gain",
-    ]
+def _about(routing: str) -> str:
+    return (
+        f"imbalance: {FORMULA}; mean over layers; each window under the placement that stood before it, "
+        f"routing {routing}"
+    )
+
+
+def _cells(outcomes: list[Outcome]) -> tuple[list[str], list[list[str]]]:
+    head = ["policy", "imbalance", "worst", "decisions", "moves", "per layer", "bytes", "solve s", "gain"]
     rows = [
         [
             o.policy, number(o.imbalance), number(o.worst_window), str(o.rebalances), str(o.moves),
@@ -186,13 +188,9 @@ def _table(outcomes: list[Outcome], routing: str, colour: bool) -> str:
         ]
         for o in outcomes
     ]  # fmt: skip
-    return "\n".join(
-        [
-            f"imbalance ({FORMULA}; mean over layers),",
-            f"each window under the placement that stood before it; routing {routing}:",
-            render(head, rows, colour=colour),
-            "",
-            "net gain: expert time saved against `never` when it stands first, less the stall of moves where",
-            "--expert-bytes and --step-seconds are given.",
-        ]
-    )
+    return head, rows
+
+
+def _table(outcomes: list[Outcome], routing: str, colour: bool) -> str:
+    head, rows = _cells(outcomes)
+    return "\n".join([wrap(_about(routing)), "", render(head, rows, colour=colour), "", wrap(_LEGEND)])

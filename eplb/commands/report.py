@@ -20,11 +20,11 @@ from moeserve.eplb.commands.common import (
     topology_of,
 )
 from moeserve.eplb.formats.placements import Known, read_any_placement
-from moeserve.eplb.html import placements_page
+from moeserve.eplb.html import placements_page, table
 from moeserve.eplb.metrics import FORMULA, balance, rank_load
 from moeserve.eplb.migration import plan_migration, traffic
 from moeserve.eplb.report import layer_table, rank_table
-from moeserve.eplb.table import render, size
+from moeserve.eplb.table import render, size, wrap
 from moeserve.eplb.types import Placement, Topology
 
 
@@ -104,16 +104,18 @@ def run(options: argparse.Namespace) -> None:
         "load of each rank / mean rank load, all layers and windows:",
         rank_table(load, topology, placements, colour),
     ]
+    moves = ""
     if migrations:
-        head = ["from", "to", "slots written", "local", "intra-node", "inter-node", "most a rank receives"]
-        parts += [
-            "",
-            "moves between placements:",
-            render(head, [_row(m, options.expert_bytes) for m in migrations], left=2),
-        ]
-    publish(
-        options.report, "\n".join(parts), document, placements_page(load, topology, placements), sys.stdout
-    )
+        head = ["from", "to", "slots", "local", "in node", "across", "most a rank"]
+        rows = [_row(m, options.expert_bytes) for m in migrations]
+        title = (
+            "moves between placements (slots written; read from the same rank, from its node, from another node; the "
+            "most that one rank receives):"
+        )
+        parts += ["", wrap(title), render(head, rows, left=2)]
+        moves = f"<p class=note>{title}</p>{table(head, rows)}"
+    page = placements_page(load, topology, placements, moves)
+    publish(options.report, "\n".join(parts), document, page, sys.stdout)
 
 
 def _migration(

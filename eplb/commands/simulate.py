@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from dataclasses import asdict
+from typing import Any
 
 from moeserve.eplb import simulate
 from moeserve.eplb.commands.common import (
     colours,
+    deepseek_greedy,
     in_force,
     load_of,
     publish,
@@ -19,10 +22,8 @@ from moeserve.eplb.commands.common import (
 )
 from moeserve.eplb.formats.placements import Known, read_any_placement
 from moeserve.eplb.migration import plan_migration
-from moeserve.eplb.policies.greedy import greedy
-from moeserve.eplb.policies.problem import Problem
 from moeserve.eplb.solver import explain
-from moeserve.eplb.table import render
+from moeserve.eplb.table import render, wrap
 from moeserve.eplb.types import Placement
 
 
@@ -57,10 +58,7 @@ def run(options: argparse.Namespace) -> None:
         file.placement.check(topology)
         placements[str(path)] = (file.placement, False)
     if not options.placement:
-        problem = Problem.of(
-            load.load, topology, objective="mean", expert_groups=load.expert_groups, weighted=False
-        )
-        placements["DeepSeek greedy, even"] = (problem.placement(greedy(problem)), True)
+        placements["DeepSeek greedy, even"] = (deepseek_greedy(load, topology, load.expert_groups), True)
         solution = explain(load.load, topology, expert_groups=load.expert_groups)
         placements[f"ours, {solution.policy}, shares"] = (solution.placement, False)
     times = {
@@ -90,15 +88,7 @@ def run(options: argparse.Namespace) -> None:
             for key, t in times.items()
         },
     }  # fmt: skip
-    head = [
-        "placement",
-        "experts ms",
-        "all-to-all ms",
-        "other ms",
-        "step ms",
-        "tokens/s/rank",
-        "stall to get there ms",
-    ]
+    head = ["placement", "experts", "all-to-all", "other", "step", "tok/s/rank", "stall"]
     rows = [
         [key, *(f"{x * 1e3:.3f}" for x in (t.compute, t.all_to_all, t.other, t.total)),
          f"{t.tokens_per_second_per_rank:,.0f}", f"{stalls[key] * 1e3:.1f}"]
@@ -107,16 +97,27 @@ def run(options: argparse.Namespace) -> None:
     lines = [
         f"{options.model} on {options.hardware}: {topology.num_ranks} ranks, {options.tokens_per_rank} tokens a rank a "
         f"step, {model.moe_layers} MoE layers",
-        "step = other + sum over MoE layers of the busiest rank's experts + dispatch + combine;",
-        "dispatch, combine = a + skew * bytes / bandwidth",
+        wrap(
+            "milliseconds: step = other + sum over MoE layers of the busiest rank's experts + dispatch + combine; "
+            "dispatch, combine = a + skew * bytes / bandwidth; stall: once, to get to the placement"
+        ),
         "",
         render(head, rows, colour=colours(sys.stdout)),
         "",
         "constants:",
-        *(f"  {key} = {c['value']} ({c['unit']}): {c['source']}" for key, c in constants.items()),
+        *(
+            wrap(f"  {key} = {_constant(c['value'])} ({c['unit']}): {c['source']}", indent="    ")
+            for key, c in constants.items()
+        ),
     ]
     if not options.other_ms:
         lines.append(
-            "  attention and dense layers are not in the step: give --other-ms for tokens/s of a whole model"
+            wrap(
+                "attention and dense layers are not in the step: give --other-ms for tokens/s of a whole model"
+            )
         )
     publish(options.report, "\n".join(lines), document, "", sys.stdout)
+
+
+def _constant(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, dict) else f"{value:g}"

@@ -11,6 +11,7 @@ from pathlib import Path
 from moeserve import __version__
 from moeserve.eplb.commands.common import (
     colours,
+    deepseek_greedy,
     in_force,
     load_of,
     publish,
@@ -27,12 +28,10 @@ from moeserve.eplb.html import page
 from moeserve.eplb.load import ExpertLoad
 from moeserve.eplb.metrics import FORMULA
 from moeserve.eplb.policies import POLICIES
-from moeserve.eplb.policies.greedy import greedy
-from moeserve.eplb.policies.problem import Problem
 from moeserve.eplb.report import Report, make_report, render_report
 from moeserve.eplb.solver import Solution, explain
 from moeserve.eplb.table import working
-from moeserve.eplb.types import Placement, Topology
+from moeserve.eplb.types import Topology
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -101,10 +100,8 @@ def run(options: argparse.Namespace) -> None:
         solution = solver(load)
     seconds = time.perf_counter() - start
     standing, name = (current, "current") if current is not None else in_force(load, topology)
-    report = make_report(
-        load, topology, standing, name, solver, partial(_greedy, topology=topology, groups=groups), solution, seconds,
-        options.holdout,
-    )  # fmt: skip
+    greedy = partial(deepseek_greedy, topology=topology, groups=groups)
+    report = make_report(load, topology, standing, name, solver, greedy, solution, seconds, options.holdout)
     _write(options, load, topology, solution, report)
     if not options.quiet:
         stream = sys.stdout if options.output else sys.stderr
@@ -114,15 +111,13 @@ def run(options: argparse.Namespace) -> None:
             points = measure(
                 load, sizes_of(load, [topology.num_ranks], None), topology.ranks_per_node, options.holdout
             )
-            html = page(
-                load, topology, {name: standing, "solved": solution.placement}, report, curves_of(points)
-            )
+            shown = {
+                name: standing,
+                "DeepSeek greedy": greedy(load),
+                f"ours, {solution.policy}": solution.placement,
+            }
+            html = page(load, topology, shown, report, curves_of(points))
         publish(options.report, table, report.document(), html, stream)
-
-
-def _greedy(load: ExpertLoad, topology: Topology, groups: int) -> Placement:
-    problem = Problem.of(load.load, topology, objective="mean", expert_groups=groups, weighted=False)
-    return problem.placement(greedy(problem))
 
 
 def _write(

@@ -8,15 +8,19 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
 from moeserve.eplb.commands.common import colours, load_of, publish, report_arguments, stats_argument
-from moeserve.eplb.html import document, lines
+from moeserve.eplb.html import document, lines, table
 from moeserve.eplb.load import ExpertLoad
 from moeserve.eplb.metrics import FORMULA, balance, imbalance
 from moeserve.eplb.routing import step_shares
 from moeserve.eplb.solver import explain
-from moeserve.eplb.table import number, progress, render
+from moeserve.eplb.table import number, progress, render, wrap
 from moeserve.eplb.types import Topology
 
 _KNEE = 0.1  # part of the whole gain below which another step of redundancy is not worth its memory
+_LEGEND = (
+    "even = replicas share equally (best placement for that); shares = fixed parts; step = parts set anew for each "
+    f"window's load. knee: another step gains under {_KNEE:.0%} of all there is to gain."
+)
 
 
 @dataclass(frozen=True)
@@ -73,17 +77,27 @@ def run(options: argparse.Namespace) -> None:
     points = _mark_knees(points)
     if options.quiet:
         return
-    title = f"Redundancy of {load.model or 'a model'}"
+    left_out = [
+        f"{n} on {ranks}" for ranks in sizes for n in options.redundant or () if (ranks, n) not in asked
+    ]
+    note = f" Left out, as slots do not divide among ranks: {', '.join(left_out)}." if left_out else ""
+    head, rows = _cells(points)
     page = document(
-        title,
+        f"Redundancy of {load.model or 'an unnamed model'}",
         [
-            f"<h1>{title}</h1>",
-            f"<p class=note>Held-out imbalance: {FORMULA}.</p>",
+            f"<p class=note>Held-out imbalance: {FORMULA}. {_LEGEND}{note}</p>",
+            table(head, rows),
             lines(curves_of(points), "redundant slots", "max / mean"),
         ],
     )
-    document_ = {"formula": FORMULA, "held_out": True, "points": [asdict(p) for p in points]}
-    publish(options.report, _table(points, colours(sys.stdout)), document_, page, sys.stdout)
+    document_ = {
+        "formula": FORMULA,
+        "held_out": True,
+        "points": [asdict(p) for p in points],
+        "left_out": left_out,
+    }
+    text = _table(points, note, colours(sys.stdout))
+    publish(options.report, text, document_, page, sys.stdout)
 
 
 def sizes_of(load: ExpertLoad, sizes: list[int], redundant: list[int] | None) -> list[tuple[int, int]]:
@@ -149,7 +163,7 @@ def _mark_knees(points: list[Point]) -> list[Point]:
     return marked
 
 
-def _table(points: list[Point], colour: bool) -> str:
+def _cells(points: list[Point]) -> tuple[list[str], list[list[str]]]:
     head = ["ranks", "redundant", "slots/rank", "policy", "even", "shares", "step", ""]
     rows = [
         [
@@ -162,12 +176,10 @@ def _table(points: list[Point], colour: bool) -> str:
         ]
         for p in points
     ]
-    return "\n".join(
-        [
-            f"imbalance on held-out windows ({FORMULA}; mean over layers):",
-            render(head, rows, left=0, colour=colour),
-            "",
-            "even = replicas share equally (best placement for that); shares = fixed parts; step = parts set anew",
-            f"for each window's load. knee: another step gains under {_KNEE:.0%} of all there is to gain.",
-        ]
-    )
+    return head, rows
+
+
+def _table(points: list[Point], note: str, colour: bool) -> str:
+    head, rows = _cells(points)
+    title = f"imbalance on held-out windows ({FORMULA}; mean over layers):"
+    return "\n".join([wrap(title), render(head, rows, left=0, colour=colour), "", wrap(_LEGEND + note)])

@@ -17,6 +17,7 @@ from moeserve.eplb.cli import main
 from moeserve.eplb.formats.placement import read_placement
 from moeserve.eplb.formats.placements import Known, read_any_placement
 from moeserve.eplb.formats.stats import write_stats
+from moeserve.eplb.html import _ticks
 from moeserve.eplb.load import ExpertLoad, Window
 from moeserve.eplb.metrics import balance
 from moeserve.eplb.synthetic import Traffic
@@ -181,16 +182,47 @@ class _Checked(HTMLParser):
 
 
 @pytest.mark.parametrize("command", ["solve", "report", "sweep", "replay"])
-def test_html_is_self_contained(
+def test_html_is_self_contained_and_takes_no_name_for_markup(
     stats: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
 ) -> None:
-    page = tmp_path / "r.html"
-    assert _run(capsys, command, stats, "--report", f"html={page}")[0] == 0
+    page, named = tmp_path / "r.html", tmp_path / "<i>.json"
+    named.write_text(Path(stats).read_text().replace('"toy"', '"<script>&"'))
+    words = [command, str(named), "--report", f"html={page}"]
+    if command == "report":
+        placement = tmp_path / "<u>.json"
+        _run(capsys, str(named), "-o", str(placement), "--quiet")
+        words += ["--placement", str(placement)]
+    assert _run(capsys, *words)[0] == 0
     checked = _Checked()
     checked.feed(page.read_text())
-    assert "svg" in checked.tags
+    assert {"svg", "table", "h1"} <= set(checked.tags) and not {"script", "i", "u"} & set(checked.tags)
     assert not checked.links
     assert "http" not in page.read_text()
+
+
+def test_ticks_are_round_and_enclose_the_curves() -> None:
+    for values, ticks in (
+        ([1.53, 1.08], [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6]),
+        ([1.001], [1.0, 1.005, 1.01, 1.015, 1.02]),
+        ([9.0, 2.0], [0.0, 2.0, 4.0, 6.0, 8.0, 10.0]),
+    ):
+        assert np.round(_ticks(values), 9).tolist() == ticks
+
+
+@pytest.mark.parametrize("command", ["solve", "report", "sweep", "replay", "simulate"])
+def test_tables_fit_80_columns(
+    stats: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert _run(capsys, stats, "-o", "p.json", "--quiet")[0] == 0
+    words = {"solve": ["-o", "q.json"], "report": ["--placement", "p.json", "--expert-bytes", "44000000"]}
+    code, text, _ = _run(capsys, command, stats, *words.get(command, []))
+    assert code == 0
+    assert max(map(len, text.splitlines())) <= 80
 
 
 def test_report(stats: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -198,7 +230,7 @@ def test_report(stats: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     _run(capsys, stats, "-o", str(out), "--format", "trtllm", "--quiet")
     code, text, _ = _run(capsys, "report", stats, "--placement", str(out), "--expert-bytes", "1000000")
     assert code == 0
-    assert "slots written" in text and "MB" in text
+    assert "slots written;" in text and "MB" in text
     code, text, _ = _run(capsys, "report", stats, "--placement", str(out), "--report", "json")
     document = json.loads(text)
     assert document["placements"][str(out)]["mean"] < document["placements"]["identity"]["mean"]
@@ -219,8 +251,9 @@ def test_sweep_finds_a_knee(stats: str, capsys: pytest.CaptureFixture[str]) -> N
         row = [p for p in points if p["ep_size"] == ranks]
         assert row[-1]["step"] < row[0]["step"]
         assert sum(p["knee"] for p in row) == 1
-    code, text, _ = _run(capsys, "sweep", stats, "--ep-sizes", "4", "--redundant", "0,8")
+    code, text, _ = _run(capsys, "sweep", stats, "--ep-sizes", "4", "--redundant", "0,3,8")
     assert "<- knee" in text
+    assert "Left out, as slots do not divide among ranks: 3 on 4." in " ".join(text.split())
 
 
 def test_replay(stats: str, capsys: pytest.CaptureFixture[str]) -> None:
