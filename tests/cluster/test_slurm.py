@@ -59,7 +59,7 @@ def test_serves_other_hosts_and_drains(cluster: Cluster, tasks: int, signal: lis
     answer, _ = client(cluster, max_tokens=8).communicate(timeout=30)
     assert json.loads(answer)["usage"]["completion_tokens"] == 8
 
-    stream = client(cluster, max_tokens=100, stream=True)
+    stream = client(cluster, max_tokens=40, stream=True)
     assert stream.stdout is not None and stream.stdout.readline().startswith("data: {")
     cluster.ctl.run("scancel", *signal, job.number)
     job.wait(lambda: "draining: 1 requests run" in job.output, 10)
@@ -83,7 +83,7 @@ def test_a_killed_rank_fails_the_job_at_once(cluster: Cluster) -> None:
 
 
 def test_a_job_told_to_stop_while_it_starts_does_not_wait_for_its_ranks(cluster: Cluster) -> None:
-    job = start(cluster, 2)
+    job = start(cluster, 1)
     job.wait(lambda: "waits for rank 0" in job.output, READY_SECONDS)
     cluster.ctl.run("scancel", "--signal=TERM", job.number)
     told = time.monotonic()
