@@ -40,7 +40,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         for name, value, good, wanted in (
             ("max_tokens", self.max_tokens, self.max_tokens >= 0, "at least 0"),
             ("temperature", self.temperature, 0 <= self.temperature < math.inf, "at least 0"),
-            ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0, at most 1"),
+            ("top_p", self.top_p, 0 <= self.top_p <= 1, "from 0 to 1"),
             ("top_k", self.top_k, self.top_k >= 0, "at least 0"),
             ("min_p", self.min_p, 0 <= self.min_p <= 1, "from 0 to 1"),
             ("presence_penalty", self.presence_penalty, math.isfinite(self.presence_penalty), "finite"),

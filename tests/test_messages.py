@@ -15,7 +15,7 @@ from moeserve.messages import AddRequest, SamplingParams, decode_to_rank, encode
         ("temperature", -0.1),
         ("temperature", math.nan),
         ("temperature", math.inf),
-        ("top_p", 0.0),
+        ("top_p", -0.1),
         ("top_p", 1.1),
         ("top_k", -1),
         ("min_p", 2.0),
@@ -33,6 +33,6 @@ def test_what_no_sampler_can_do_is_named(name: str, value: Any) -> None:
 
 
 def test_a_request_survives_the_way_to_a_rank() -> None:
-    params = SamplingParams(max_tokens=0, top_p=1e-6, logit_bias={3: -100.0}, logprobs=0, prompt_logprobs=0)
+    params = SamplingParams(max_tokens=0, top_p=0.0, logit_bias={3: -100.0}, logprobs=0, prompt_logprobs=0)
     request = AddRequest("1", [1, 2], params)
     assert decode_to_rank(encode(request)) == request
