@@ -218,6 +218,8 @@ def _draw_from_likely(probabilities: Tensor, params: Listing[SamplingParams], ra
     tokens = np.zeros(len(params), dtype=np.int64)
     for row, p in enumerate(params):
         value = values[edges[row] : edges[row + 1]]
+        if not len(value):  # not a number among them: token 0, as argmax has it; other rows must not suffer
+            continue
         kept = _kept(value, p)
         place, _ = _invert(value[kept][None], random[row : row + 1])
         tokens[row] = flat[edges[row] + kept[place[0]]] - row * vocabulary

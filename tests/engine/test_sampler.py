@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -217,3 +218,15 @@ def test_all_greedy_is_one_argmax_and_an_empty_step_is_nothing() -> None:
     batch = ScheduledBatch(tuple(chunk(one, 0, 1) for one in of), 3, 3, False)
     assert [r.token for r in sample(logits, batch)] == logits.argmax(-1).tolist()
     assert sample(logits[:0], ScheduledBatch((), 0, 0, False)) == []
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("params", [{}, {"top_p": 0.9}, {"min_p": 0.1}, {"top_k": 5}], ids=str)
+def test_a_row_that_is_no_numbers_harms_no_other(bad: float, params: dict[str, Any]) -> None:
+    logits = torch.randn(2, 300, generator=torch.Generator().manual_seed(0))
+    asked = [sequence(temperature=1.0, seed=seed, **params) for seed in (1, 2)]
+    (alone,) = choose_tokens(logits[1:], asked[1:])
+    logits[0, 7] = bad
+    broken, healthy = choose_tokens(logits, asked)
+    assert healthy == alone
+    assert 0 <= broken < 300
