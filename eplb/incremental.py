@@ -92,9 +92,9 @@ class _Layer:
     def _fill(self, slots: Ints) -> _Filled:
         even = 1.0 / np.bincount(slots, minlength=self.windows.shape[1])[slots]
         share = np.tile(even, (len(self.windows), 1))
-        ranks = self.kernel.fill(
-            self.windows[None], slots[None], self.rank_of, share[None], None, _SWEEPS, _OMEGA
-        )[0]
+        ranks = self.kernel.fill(self.windows[None], slots[None], self.rank_of, share[None], _SWEEPS, _OMEGA)[
+            0
+        ]
         return _Filled(share, ranks, float(ranks.max(axis=1).sum()) / len(ranks))
 
     def _candidates(self, here: _Filled, left: int) -> list[tuple[int, int, int]]:

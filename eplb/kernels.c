@@ -574,11 +574,10 @@ static void free_replicas(Replicas r) {
 }
 
 /* Water filling: each expert in turn spreads its load over its hosts so that their levels become equal, with the
- * step lengthened by omega in the first two thirds of the sweeps. share [P] in and out, ranks [G] out; base [G] or
- * NULL is load that stands on the ranks already. */
+ * step lengthened by omega in the first two thirds of the sweeps. share [P] in and out, ranks [G] out. */
 static void fill(Replicas r, int G, int P, const double *load, const int32_t *slots, const int32_t *rank_of,
-                   const double *base, int sweeps, double omega, double *share, double *ranks, double *level) {
-    for (int g = 0; g < G; g++) ranks[g] = base ? base[g] : 0.0;
+                 int sweeps, double omega, double *share, double *ranks, double *level) {
+    for (int g = 0; g < G; g++) ranks[g] = 0.0;
     for (int p = 0; p < P; p++) ranks[rank_of[p]] += load[slots[p]] * share[p];
     for (int i = 0; sweeps > 0 && i < r.twins; i++) /* of slots on one rank the first takes all */
         share[r.host[i]] += share[r.twin[i]], share[r.twin[i]] = 0.0;
@@ -623,18 +622,17 @@ static void fill(Replicas r, int G, int P, const double *load, const int32_t *sl
     }
 }
 
-/* B sets of loads [N][B][E] over each layer's slots [N][P]: share [N][B][P] in and out, ranks [N][B][G] out; base
- * [N][G] or NULL; rank_of [P]. */
+/* B sets of loads [N][B][E] over each layer's slots [N][P]: share [N][B][P] in and out, ranks [N][B][G] out;
+ * rank_of [P]. */
 void eplb_fill(int N, int B, int E, int G, int P, const double *load, const int32_t *slots, const int32_t *rank_of,
-               const double *base, int sweeps, double omega, double *share, double *ranks) {
+               int sweeps, double omega, double *share, double *ranks) {
     double *level = get(P, sizeof(double));
     for (int n = 0; n < N; n++) {
         const int32_t *row = slots + (size_t)n * P;
         Replicas r = replicas_of(E, G, P, row, rank_of);
         for (int i = 0; i < B; i++) {
             size_t at = (size_t)n * B + i;
-            fill(r, G, P, load + at * E, row, rank_of, base ? base + (size_t)n * G : NULL, sweeps, omega,
-                 share + at * P, ranks + at * G, level);
+            fill(r, G, P, load + at * E, row, rank_of, sweeps, omega, share + at * P, ranks + at * G, level);
         }
         free_replicas(r);
     }

@@ -12,6 +12,7 @@ import logging
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -74,12 +75,11 @@ class Kernels(Protocol):
         slots: Ints,
         rank_of: Ints,
         share: Floats,
-        base: Floats | None,
         sweeps: int,
         omega: float,
     ) -> Floats:
         """Changes share [N, B, P] in place for B sets of loads [N, B, E] over slots [N, P] of rank rank_of [P];
-        returns the load of each rank [N, B, G]. base [N, G]: load that stands there already."""
+        returns the load of each rank [N, B, G]."""
 
 
 def kernels() -> Kernels:
@@ -186,7 +186,6 @@ class Native:
         slots: Ints,
         rank_of: Ints,
         share: Floats,
-        base: Floats | None,
         sweeps: int,
         omega: float,
     ) -> Floats:
@@ -197,8 +196,7 @@ class Native:
         slots, rank_of = np.ascontiguousarray(slots, np.int32), np.ascontiguousarray(rank_of, np.int32)
         self.library.eplb_fill(
             layers, sets, experts, num_ranks, slots.shape[1], _at(load), _at(slots), _at(rank_of),
-            None if base is None else _at(np.ascontiguousarray(base, np.float64)), sweeps,
-            ctypes.c_double(omega), _at(share), _at(ranks),
+            sweeps, ctypes.c_double(omega), _at(share), _at(ranks),
         )  # fmt: skip
         return ranks
 
@@ -230,7 +228,6 @@ def _library() -> ctypes.CDLL | None:
 
 def _compile(compiler: str, flags: list[str], source: Path, target: Path) -> None:
     """Into a temporary name, then renamed: processes that start at once do not see half a library."""
-    target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     handle, name = tempfile.mkstemp(dir=target.parent, suffix=".so")
     os.close(handle)
     try:
@@ -242,12 +239,17 @@ def _compile(compiler: str, flags: list[str], source: Path, target: Path) -> Non
 
 
 def _folders() -> Iterator[Path]:
-    """Where the library may stand: folders that only this user writes to."""
+    """Where the library may stand: folders of this user that nobody else writes to, made if need be."""
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    yield Path(cache) / "moeserve"
-    private = Path(tempfile.gettempdir()) / f"moeserve-{os.getuid()}"
-    if not private.exists() or (private.stat().st_uid == os.getuid() and not private.stat().st_mode & 0o022):
-        yield private
+    for folder in (Path(cache) / "moeserve", Path(tempfile.gettempdir()) / f"moeserve-{os.getuid()}"):
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            found = folder.lstat()
+        except OSError as error:
+            logger.debug("%s: %s", folder, error)
+            continue
+        if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022:
+            yield folder
 
 
 def _machine() -> str:

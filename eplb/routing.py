@@ -73,7 +73,7 @@ def _fill(
     """(shares [L, B, P], ranks [L, B, G]) for load [L, B, E], starting from share [L, B, P]."""
     share = np.array(share, order="C")
     rank_of = rank_of_slot(topology)
-    ranks = kernels().fill(load, placement.slot_to_expert, rank_of, share, None, sweeps, _OMEGA)
+    ranks = kernels().fill(load, placement.slot_to_expert, rank_of, share, sweeps, _OMEGA)
     return share, ranks
 
 
@@ -97,7 +97,7 @@ def local_counts(
     rank_of = rank_of_slot(topology)
     load = np.ascontiguousarray(counts, np.float64)
     share = np.tile(1.0 / np.bincount(slots, minlength=load.shape[1])[slots], (len(load), 1))
-    kernels().fill(load[None], slots[None], rank_of, share[None], None, sweeps, _OMEGA)
+    kernels().fill(load[None], slots[None], rank_of, share[None], sweeps, _OMEGA)
     wanted = share * load[:, slots]
     error = np.random.default_rng(seed).uniform(-0.5, 0.5, (len(load), topology.num_ranks))
     return _rounded(slots, wanted, load, rank_of, error)

@@ -8,14 +8,10 @@ import numpy.typing as npt
 from moeserve.eplb.types import Floats, Ints
 
 
-def fill(
-    load: Floats, slots: Ints, rank_of: Ints, share: Floats, base: Floats | None, sweeps: int, omega: float
-) -> Floats:
+def fill(load: Floats, slots: Ints, rank_of: Ints, share: Floats, sweeps: int, omega: float) -> Floats:
     """Changes share [N, B, P] in place for loads [N, B, E] over slots [N, P]; load of each rank [N, B, G]."""
     ranks = np.zeros((*load.shape[:2], int(rank_of.max()) + 1))
     for n, row in enumerate(slots):
-        if base is not None:
-            ranks[n] += base[n]
         _fill(load[n], row, rank_of, share[n], sweeps, omega, ranks[n])
     return ranks
 
