@@ -1,4 +1,4 @@
-"""The `moeserve` command: serve, generate, plan, bench. Exit codes: 0 done, 1 the engine failed,
+"""The `moeserve` command: serve, generate, plan, bench, dashboard. Exit codes: 0 done, 1 the engine failed,
 2 bad settings, 130 Ctrl-C (before `serve` answers; then it drains)."""
 
 from __future__ import annotations
@@ -167,11 +167,42 @@ def bench(flags: argparse.Namespace) -> int:
     return 0
 
 
+def add_dashboard(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("stats", metavar="STATS", help="file or folder of expert load, of any engine")
+    parser.add_argument("--ep-size", type=int, metavar="N", help="ranks (default: as recorded)")
+    parser.add_argument(
+        "--ranks-per-node", type=int, metavar="N", help="(default: as recorded, else one node)"
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=8001, help="0 takes a free one (default: %(default)s)")
+
+
+def dashboard(flags: argparse.Namespace) -> int:
+    """Show recorded expert load in a browser, as a running server shows its own."""
+    from pathlib import Path
+
+    from moeserve.dashboard.recording import FileSource
+    from moeserve.server.dashboard import serve_recorded
+    from moeserve.server.run import bind
+
+    for name in ("ep_size", "ranks_per_node"):
+        value = getattr(flags, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name} = {value}: must be at least 1")
+    source = FileSource(Path(flags.stats), flags.ep_size, flags.ranks_per_node)
+    listener = bind(flags.host, flags.port)
+    host, port = listener.getsockname()[:2]
+    print(f"{flags.stats} is shown at http://{host}:{port}/dashboard (Ctrl-C ends it)", flush=True)
+    serve_recorded(source, listener)
+    return 0
+
+
 COMMANDS = {
     "serve": (serve, add_engine, "serve a model over HTTP"),
     "generate": (generate, add_generate, "continue prompts, offline"),
     "plan": (plan, add_plan, "show layout, placement and memory; loads no weights"),
     "bench": (bench, add_bench, "load an OpenAI-style server and measure it"),
+    "dashboard": (dashboard, add_dashboard, "show recorded expert load in a browser"),
 }
 
 if __name__ == "__main__":

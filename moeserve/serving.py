@@ -137,3 +137,4 @@ async def _announce(frontend: Frontend, plan: EnginePlan, listener: socket.socke
         print(f"  metrics  http://{host}:{port}/metrics", flush=True)
         if frontend.balance is not None:
             print(f"  stats    http://{host}:{port}/eplb/stats.json", flush=True)
+            print(f"  dashboard http://{host}:{port}/dashboard", flush=True)

@@ -15,9 +15,11 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from moeserve import __version__
+from moeserve.dashboard.recording import LiveSource
 from moeserve.server import openai
 from moeserve.server.answer import GenerationResponse
 from moeserve.server.balance import add_balance_routes
+from moeserve.server.dashboard import dashboard_app
 from moeserve.server.errors import ApiError, bad_value
 from moeserve.server.frontend import Frontend, random_seed
 from moeserve.server.guard import Guard
@@ -44,7 +46,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 
 
 def make_app(frontend: Frontend, settings: ServerSettings) -> FastAPI:
-    """The application without its guard: routes may be added (and are, by the balancer and the dashboard)."""
+    """The application without its guard."""
     app = FastAPI(
         title="moeserve",
         version=__version__,
@@ -56,6 +58,8 @@ def make_app(frontend: Frontend, settings: ServerSettings) -> FastAPI:
     _add_openai_routes(app, frontend, settings)
     _add_probes(app, frontend)
     add_balance_routes(app, frontend.balance)
+    source = None if frontend.balance is None else LiveSource(frontend.balance)
+    app.mount("/dashboard", dashboard_app(source, lambda: frontend.draining or frontend.dead.is_set()))
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(HTTPException, _on_http_exception)

@@ -1,0 +1,1 @@
+"""What the dashboard shows: expert load, placement and solver put together. Knows no HTTP."""

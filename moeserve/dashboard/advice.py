@@ -1,0 +1,181 @@
+"""What another placement would bring: the solver on the recorded windows. Takes up to seconds, so not for an event
+loop."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from moeserve.dashboard.panels import over_fair_share
+from moeserve.dashboard.recording import Recording
+from moeserve.eplb.load import ExpertLoad
+from moeserve.eplb.metrics import FORMULA, balance, moves_between, rank_load
+from moeserve.eplb.solver import explain
+from moeserve.eplb.types import Placement, Topology
+
+HOLDOUT = 0.25
+"""Part of the windows that are measured on and not solved with, as eplb-offline has it."""
+MIN_GAIN = 0.02
+"""Relative gain in imbalance from which a new placement is advised, as the rebalancer's min_gain."""
+MAX_EXTRA = 4
+KNEE = 0.1
+"""Part of the whole gain below which another slot a rank is not worth its memory."""
+POLICIES = ("auto", "greedy", "fast", "robust", "connected", "hierarchical")
+MAX_RANKS = 1024
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A solved placement. before and after: imbalance (mean over layers and windows) of the placement in force (of
+    experts in order on another number of ranks) and of the solved one; held_out_*: on the last windows, with a
+    placement solved without them. moves: experts that ranks would have to load, None where the number of slots
+    differs."""
+
+    ep_size: int
+    slots_per_rank: int
+    redundant: int
+    policy: str
+    reason: str
+    before: float
+    after: float
+    after_worst: float
+    held_out_before: float | None
+    held_out_after: float | None
+    held_out_windows: int
+    moves: int | None
+    survives_rank_loss: bool
+    seconds: float
+    digest: str
+
+    @property
+    def expected(self) -> float:
+        return self.after if self.held_out_after is None else self.held_out_after
+
+
+def verdict(recording: Recording, phase: str) -> dict[str, Any]:
+    """Would another placement help? In the slots that there are, and with one redundant slot a rank if none is."""
+    load, topology = recording.of_phase(phase), recording.topology
+    now = balance(load.load, recording.placement, topology)
+    answer: dict[str, Any] = {
+        "phase": phase,
+        "formula": FORMULA,
+        "windows": load.num_windows,
+        "tokens": sum(window.tokens for window in load.windows),
+        "ep_size": topology.num_ranks,
+        "mean": round(now.mean, 6),
+        "worst": round(now.worst, 6),
+        "worst_layer": load.layers[int(np.argmax(now.by_layer))],
+        "waiting": round(1 - 1 / now.mean, 6),
+        "recent": asdict(recording.recent[phase]) if phase in recording.recent else None,
+        "proposals": [],
+    }
+    if topology.num_ranks == 1:
+        return answer | {"state": "one_rank"}
+    sizes = [topology]
+    if topology.num_slots == load.num_experts:
+        sizes.append(Topology(topology.num_ranks, topology.ranks_per_node, topology.slots_per_rank + 1))
+    found = [_propose(recording, load, size, "auto")[0] for size in sizes]
+    gains = [(now.mean - proposal.after) / now.mean for proposal in found]
+    held = [
+        (p.held_out_before - p.held_out_after) / p.held_out_before
+        for p in found
+        if p.held_out_before is not None and p.held_out_after is not None
+    ]
+    helps = max(gains) >= MIN_GAIN and (not held or max(held) >= MIN_GAIN)
+    return answer | {"state": "helps" if helps else "balanced", "proposals": [asdict(p) for p in found]}
+
+
+def what_if(
+    recording: Recording, phase: str, ep_size: int, extra: int, policy: str, layer: int
+) -> dict[str, Any]:
+    """Placements on ep_size ranks with 0 to MAX_EXTRA slots a rank more than the experts need, and of the one with
+    `extra` more the ranks of a layer, as load over fair share."""
+    if not 1 <= ep_size <= MAX_RANKS:
+        raise ValueError(f"ep_size = {ep_size}: give 1 to {MAX_RANKS}")
+    if policy not in POLICIES:
+        raise ValueError(f"policy = {policy!r}: give {', '.join(POLICIES)}")
+    if not 0 <= extra <= MAX_EXTRA:
+        raise ValueError(f"extra = {extra}: give 0 to {MAX_EXTRA}")
+    load = recording.of_phase(phase)
+    if not 0 <= layer < load.num_layers:
+        raise ValueError(f"layer = {layer}: give 0 to {load.num_layers - 1}")
+    sizes = _sizes(load.num_experts, ep_size, recording.topology)
+    solved = [_propose(recording, load, size, policy) for size in sizes]
+    points = [proposal for proposal, _ in solved]
+    chosen = min(extra, len(points) - 1)
+    ranks = rank_load(load.load.sum(axis=0), solved[chosen][1], sizes[chosen])[layer]
+    return {
+        "phase": phase,
+        "policy": policy,
+        "layer": load.layers[layer],
+        "chosen": chosen,
+        "knee": knee([point.expected for point in points]),
+        "points": [asdict(point) for point in points],
+        "ranks": np.round(over_fair_share(ranks), 4).tolist(),
+    }
+
+
+def _sizes(num_experts: int, ep_size: int, topology: Topology) -> list[Topology]:
+    """From as few slots as hold the experts; on one rank, or where each rank holds all, more slots change nothing."""
+    least = -(-num_experts // ep_size)
+    per_node = topology.ranks_per_node if topology.num_nodes > 1 else 0
+    sizes = range(least, min(least + MAX_EXTRA, num_experts) + 1)
+    return [Topology(ep_size, min(per_node, ep_size), slots) for slots in sizes]
+
+
+def knee(values: list[float]) -> int | None:
+    """The first place after which a further step brings less than KNEE of all there is to gain; None without one."""
+    gain = values[0] - min(values)
+    if gain < MIN_GAIN * values[0]:
+        return None
+    steps = zip(values, values[1:], strict=False)
+    return next((i for i, (a, b) in enumerate(steps) if a - b < KNEE * gain), None)
+
+
+def _propose(
+    recording: Recording, load: ExpertLoad, topology: Topology, policy: str
+) -> tuple[Proposal, Placement]:
+    """A placement solved for this topology, and its figures."""
+    before, there = recording.placement, recording.topology
+    if topology.num_ranks != there.num_ranks:
+        there = _sizes(load.num_experts, topology.num_ranks, there)[0]
+        before = Placement.identity(load.num_layers, load.num_experts, there.num_slots)
+    same = topology == there
+    begun = time.perf_counter()
+    solution = explain(
+        load.load,
+        topology,
+        policy=policy,
+        expert_groups=load.expert_groups,
+        current=before if same else None,
+    )
+    seconds = time.perf_counter() - begun
+    after = balance(load.load, solution.placement, topology)
+    early, late = load.split(HOLDOUT)
+    held_before = held_after = None
+    if late is not None:
+        held = explain(early.load, topology, policy=policy, expert_groups=load.expert_groups).placement
+        held_before = round(balance(late.load, before, there).mean, 6)
+        held_after = round(balance(late.load, held, topology).mean, 6)
+    moves = int(moves_between(before, solution.placement, topology).sum()) if same else None
+    proposal = Proposal(
+        ep_size=topology.num_ranks,
+        slots_per_rank=topology.slots_per_rank,
+        redundant=topology.num_slots - load.num_experts,
+        policy=solution.policy,
+        reason=solution.reason,
+        before=round(balance(load.load, before, there).mean, 6),
+        after=round(after.mean, 6),
+        after_worst=round(after.worst, 6),
+        held_out_before=held_before,
+        held_out_after=held_after,
+        held_out_windows=0 if late is None else late.num_windows,
+        moves=moves,
+        survives_rank_loss=solution.placement.survives_rank_loss(topology),
+        seconds=round(seconds, 4),
+        digest=solution.placement.digest,
+    )
+    return proposal, solution.placement
