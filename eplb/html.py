@@ -109,7 +109,7 @@ def _plots(load: ExpertLoad, topology: Topology, placements: Mapping[str, Placem
         "<h2>Imbalance by layer</h2>",
         lines({name: (list(load.layers), y.tolist()) for name, y in by_layer.items()}, "layer", "max / mean"),
         "<h2>Load map</h2><p class=note>Each row is a layer, each column a rank; colour is its load over the "
-        f"layer's mean: full blue {max(0.0, 1 - scale):.2f} or less, no colour 1, full orange {1 + scale:.2f} or more.</p>",
+        f"layer's mean: full blue {max(0.0, 1 - scale):.2f} or less, none 1, full orange {1 + scale:.2f} or more.</p>",
         f"<div class=maps>{''.join(maps)}</div>",
     ]
     if load.num_windows > 1:

@@ -36,9 +36,10 @@ def topology_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def report_arguments(parser: argparse.ArgumentParser, html: bool = True) -> None:
-    kinds = "table, json or html=FILE" if html else "table or json"
-    parser.add_argument("--report", type=_report_kind, default="table", metavar="KIND", help=kinds)
+def report_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--report", type=_report_kind, default="table", metavar="KIND", help="table, json or html=FILE"
+    )
     parser.add_argument("--quiet", action="store_true", help="no report and no progress")
 
 

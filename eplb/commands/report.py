@@ -21,6 +21,7 @@ from moeserve.eplb.commands.common import (
 )
 from moeserve.eplb.formats.placements import Known, read_any_placement
 from moeserve.eplb.html import placements_page, table
+from moeserve.eplb.load import ExpertLoad
 from moeserve.eplb.metrics import FORMULA, balance, rank_load
 from moeserve.eplb.migration import plan_migration, traffic
 from moeserve.eplb.report import layer_table, rank_table
@@ -46,35 +47,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     load = load_of(options)
-    known = Known(
-        options.ep_size or load.ep_size or None, load.num_experts, load.layers, options.ranks_per_node or 0
-    )
-    files = {}
-    for path in options.placement:
-        file = read_any_placement(path, known)
-        if file.placement.num_layers != load.num_layers or file.placement.num_experts != load.num_experts:
-            raise ValueError(
-                f"{path}: {file.placement.num_layers} layers of {file.placement.num_experts} experts, the load has "
-                f"{load.num_layers} of {load.num_experts}"
-            )
-        files[str(path)] = file
-    if files:
-        first = next(iter(files.values()))
-        if options.ep_size is None:
-            options.ep_size = first.ep_size
-        if options.num_slots is None and options.redundant is None:
-            options.num_slots = first.placement.num_slots
-        if options.ranks_per_node is None and first.ranks_per_node:
-            options.ranks_per_node = first.ranks_per_node
-    topology = topology_of(options, load)
-    standing, name = in_force(load, topology)
-    placements = {name: standing}
-    for path, file in files.items():
-        if file.placement.num_slots != topology.num_slots:
-            raise ValueError(
-                f"{path}: {file.placement.num_slots} slots, the others have {topology.num_slots}"
-            )
-        placements[path] = file.placement
+    topology, placements = _placements(options, load)
     if options.quiet:
         return
     colour = colours(sys.stdout)
@@ -84,17 +57,7 @@ def run(options: argparse.Namespace) -> None:
     document = {
         "formula": FORMULA,
         "layers": list(load.layers),
-        "placements": {
-            key: {
-                "by_layer": np.round(found.by_layer, 6).tolist(),
-                "mean": found.mean,
-                "worst": found.worst,
-                "peak": found.peak,
-                "by_rank": np.round(rank_load(load.load.sum(axis=0), p, topology).sum(axis=0), 3).tolist(),
-            }
-            for key, p in placements.items()
-            for found in (balance(load.load, p, topology),)
-        },
+        "placements": {key: _figures(load, p, topology) for key, p in placements.items()},
         "migrations": migrations,
     }
     parts = [
@@ -116,6 +79,52 @@ def run(options: argparse.Namespace) -> None:
         moves = f"<p class=note>{title}</p>{table(head, rows)}"
     page = placements_page(load, topology, placements, moves)
     publish(options.report, "\n".join(parts), document, page, sys.stdout)
+
+
+def _placements(options: argparse.Namespace, load: ExpertLoad) -> tuple[Topology, dict[str, Placement]]:
+    """The topology, as asked for, else that of the first file; what stands before, then the files' placements."""
+    known = Known(
+        options.ep_size or load.ep_size or None, load.num_experts, load.layers, options.ranks_per_node or 0
+    )
+    files = {path: read_any_placement(path, known) for path in options.placement}
+    for path, file in files.items():
+        if file.placement.num_layers != load.num_layers or file.placement.num_experts != load.num_experts:
+            raise ValueError(
+                f"{path}: {file.placement.num_layers} layers of {file.placement.num_experts} experts, the load has "
+                f"{load.num_layers} of {load.num_experts}"
+            )
+    if files:
+        first = next(iter(files.values()))
+        if options.ep_size is None:
+            options.ep_size = first.ep_size
+        if options.num_slots is None and options.redundant is None:
+            options.num_slots = first.placement.num_slots
+        if options.ranks_per_node is None and first.ranks_per_node:
+            options.ranks_per_node = first.ranks_per_node
+    topology = topology_of(options, load)
+    standing, name = in_force(load, topology)
+    placements = {name: standing}
+    for path, file in files.items():
+        if file.placement.num_slots != topology.num_slots:
+            raise ValueError(
+                f"{path}: {file.placement.num_slots} slots, the others have {topology.num_slots}"
+            )
+        if file.ep_size != topology.num_ranks:
+            raise ValueError(f"{path}: made for {file.ep_size} ranks, the others for {topology.num_ranks}")
+        placements[path] = file.placement
+    return topology, placements
+
+
+def _figures(load: ExpertLoad, placement: Placement, topology: Topology) -> dict[str, Any]:
+    found = balance(load.load, placement, topology)
+    ranks = rank_load(load.load.sum(axis=0), placement, topology).sum(axis=0)
+    return {
+        "by_layer": np.round(found.by_layer, 6).tolist(),
+        "mean": found.mean,
+        "worst": found.worst,
+        "peak": found.peak,
+        "by_rank": np.round(ranks, 3).tolist(),
+    }
 
 
 def _migration(

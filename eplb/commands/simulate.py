@@ -8,7 +8,7 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
-from moeserve.eplb import simulate
+from moeserve.eplb import html, simulate
 from moeserve.eplb.commands.common import (
     colours,
     deepseek_greedy,
@@ -21,10 +21,17 @@ from moeserve.eplb.commands.common import (
     topology_of,
 )
 from moeserve.eplb.formats.placements import Known, read_any_placement
+from moeserve.eplb.load import ExpertLoad
 from moeserve.eplb.migration import plan_migration
 from moeserve.eplb.solver import explain
 from moeserve.eplb.table import render, wrap
-from moeserve.eplb.types import Placement
+from moeserve.eplb.types import Placement, Topology
+
+_FORMULA = (
+    "milliseconds: step = other + sum over MoE layers of the busiest rank's experts + dispatch + combine; "
+    "dispatch, combine = a + skew * bytes / bandwidth; stall: once, to get to the placement"
+)
+_MISSING = "attention and dense layers are not in the step: give --other-ms for tokens/s of a whole model"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +48,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--other-ms", type=float, default=0.0, metavar="MS", help="of a step outside the MoE layers"
     )
-    report_arguments(parser, html=False)
+    report_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -50,17 +57,8 @@ def run(options: argparse.Namespace) -> None:
     if options.other_ms < 0:
         raise ValueError(f"--other-ms {options.other_ms}: give 0 or more")
     machine, model = simulate.hardware(options.hardware), simulate.model(options.model)
-    standing, name = in_force(load, topology)
-    placements: dict[str, tuple[Placement, bool]] = {name: (standing, name == "identity")}
-    known = Known(topology.num_ranks, load.num_experts, load.layers)
-    for path in options.placement:
-        file = read_any_placement(path, known)
-        file.placement.check(topology)
-        placements[str(path)] = (file.placement, False)
-    if not options.placement:
-        placements["DeepSeek greedy, even"] = (deepseek_greedy(load, topology, load.expert_groups), True)
-        solution = explain(load.load, topology, expert_groups=load.expert_groups)
-        placements[f"ours, {solution.policy}, shares"] = (solution.placement, False)
+    placements = _placements(options, load, topology)
+    standing = next(iter(placements.values()))[0]
     times = {
         key: simulate.step_time(
             load.load, p, topology, machine, model, options.tokens_per_rank, options.other_ms * 1e-3, even
@@ -94,29 +92,43 @@ def run(options: argparse.Namespace) -> None:
          f"{t.tokens_per_second_per_rank:,.0f}", f"{stalls[key] * 1e3:.1f}"]
         for key, t in times.items()
     ]  # fmt: skip
-    lines = [
+    about = (
         f"{options.model} on {options.hardware}: {topology.num_ranks} ranks, {options.tokens_per_rank} tokens a rank a "
-        f"step, {model.moe_layers} MoE layers",
-        wrap(
-            "milliseconds: step = other + sum over MoE layers of the busiest rank's experts + dispatch + combine; "
-            "dispatch, combine = a + skew * bytes / bandwidth; stall: once, to get to the placement"
-        ),
-        "",
-        render(head, rows, colour=colours(sys.stdout)),
-        "",
-        "constants:",
-        *(
-            wrap(f"  {key} = {_constant(c['value'])} ({c['unit']}): {c['source']}", indent="    ")
-            for key, c in constants.items()
-        ),
-    ]
+        f"step, {model.moe_layers} MoE layers"
+    )
+    text = [wrap(about), wrap(_FORMULA), "", render(head, rows, colour=colours(sys.stdout)), "", "constants:"]
+    known = [[key, _constant(c["value"]), c["unit"], c["source"]] for key, c in constants.items()]
+    text += [wrap(f"  {key} = {value} ({unit}): {source}", "    ") for key, value, unit, source in known]
     if not options.other_ms:
-        lines.append(
-            wrap(
-                "attention and dense layers are not in the step: give --other-ms for tokens/s of a whole model"
-            )
-        )
-    publish(options.report, "\n".join(lines), document, "", sys.stdout)
+        text.append(wrap(_MISSING))
+    page = html.document(
+        f"Step time of {load.model or 'an unnamed model'}",
+        [
+            f"<p>{about}.</p><p class=note>{_FORMULA}. {_MISSING if not options.other_ms else ''}</p>",
+            html.table(head, rows),
+            "<h2>Constants</h2>",
+            html.table(["constant", "value", "unit", "source"], known),
+        ],
+    )
+    publish(options.report, "\n".join(text), document, page, sys.stdout)
+
+
+def _placements(
+    options: argparse.Namespace, load: ExpertLoad, topology: Topology
+) -> dict[str, tuple[Placement, bool]]:
+    """By name, and whether replicas share evenly; the first is what stands before."""
+    standing, name = in_force(load, topology)
+    placements: dict[str, tuple[Placement, bool]] = {name: (standing, name == "identity")}
+    known = Known(topology.num_ranks, load.num_experts, load.layers)
+    for path in options.placement:
+        file = read_any_placement(path, known)
+        file.placement.check(topology)
+        placements[str(path)] = (file.placement, False)
+    if not options.placement:
+        placements["DeepSeek greedy, even"] = (deepseek_greedy(load, topology, load.expert_groups), True)
+        solution = explain(load.load, topology, expert_groups=load.expert_groups)
+        placements[f"ours, {solution.policy}, shares"] = (solution.placement, False)
+    return placements
 
 
 def _constant(value: Any) -> str:
