@@ -73,11 +73,9 @@ def place_from_environment(environment: Mapping[str, str]) -> RankPlace | None:
 def _own_node(environment: Mapping[str, str], name: str) -> str:
     """This node's number in Slurm's short list, where "4(x2),3" is 4 on each of two nodes and 3 on another."""
     text, node = environment.get(name, ""), environment.get("SLURM_NODEID", "")
-    numbers = [
-        number
-        for number, times in re.findall(r"(\d+)(?:\(x(\d+)\))?(?:,|$)", text)
-        for _ in range(int(times or 1))
-    ]
+    numbers: list[str] = []
+    for number, times in re.findall(r"(\d+)(?:\(x(\d+)\))?(?:,|$)", text):
+        numbers += [number] * int(times or 1)
     if not node.isdecimal() or int(node) >= len(numbers):
         raise ValueError(
             f"{name} = {text!r}, SLURM_NODEID = {node!r}: the launcher must set both, as Slurm does"
