@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from dataclasses import asdict
+from html import escape
 from typing import Any
 
 from moeserve.eplb import html, simulate
@@ -97,8 +98,8 @@ def run(options: argparse.Namespace) -> None:
         f"step, {model.moe_layers} MoE layers"
     )
     text = [wrap(about), wrap(_FORMULA), "", render(head, rows, colour=colours(sys.stdout)), "", "constants:"]
-    known = [[key, _constant(c["value"]), c["unit"], c["source"]] for key, c in constants.items()]
-    text += [wrap(f"  {key} = {value} ({unit}): {source}", "    ") for key, value, unit, source in known]
+    known = [f"{key} = {_constant(c['value'])} ({c['unit']}): {c['source']}" for key, c in constants.items()]
+    text += [wrap(f"  {line}", "    ") for line in known]
     if not options.other_ms:
         text.append(wrap(_MISSING))
     page = html.document(
@@ -107,7 +108,7 @@ def run(options: argparse.Namespace) -> None:
             f"<p>{about}.</p><p class=note>{_FORMULA}. {_MISSING if not options.other_ms else ''}</p>",
             html.table(head, rows),
             "<h2>Constants</h2>",
-            html.table(["constant", "value", "unit", "source"], known),
+            *(f"<p class=note>{escape(line)}</p>" for line in known),
         ],
     )
     publish(options.report, "\n".join(text), document, page, sys.stdout)
