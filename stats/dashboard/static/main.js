@@ -5,7 +5,7 @@ import { LoadMap } from "./map.js";
 import { at, choice, expertSentence, fillTable, select, showFacts, showLegend, showSlots, showVerdict } from "./views.js";
 import { ago, count, plural, times, whatIfSentence, windowName } from "./words.js";
 
-const REFRESH_MS = 2000, SOLVE_MS = 10000, LOST_MS = 4500;
+const REFRESH_MS = 2000, SOLVE_MS = 10000, LOST_MS = 3000;
 const COLUMNS = [["rank", "Ranks"], ["expert", "Experts"], ["slot", "Slots"]];
 const POLICIES = ["auto", "greedy", "fast", "robust", "connected", "hierarchical"];
 
