@@ -1,4 +1,4 @@
-/* The inner loops of the solvers, for all layers in a call. plain.py holds the same functions in numpy: both give
+/* The inner loops of the solvers, for all layers in a call. plain/ holds the same functions in numpy: both give
  * the same bits, so that a placement does not depend on whether a compiler was there. Build without contraction
  * of multiply and add and without reordered sums (see native.py).
  *
@@ -226,188 +226,269 @@ typedef struct { /* options of eplb_improve */
     int32_t least;    /* replicas that every expert keeps */
 } Options;
 
-static int improve(int E, int T, int G, int K, const float *load, int32_t *count, int32_t *slots,
-                   const int32_t *node, Options o) {
-    int P = K * G, changed = 0, tabu = 0;
-    float *L = get((size_t)G * T, 4), *W = get((size_t)T * G, 4), *R = get((size_t)G * T, 4);
-    float *A = get((size_t)T * P, 4), *bar = get(P, 4), *own = get(P, 4), *cross = get(P, 4), *sums = get(G, 4);
-    float *sa = get(G, 4), *score = get(G, 4), *hosts = get(E, 4), *weights = get(E, 4);
-    int32_t *parent = get(G, 4), *first = get(E, 4), *touched = get(G, 4);
-    uint8_t *has = get((size_t)E * G, 1), *skip = get(G, 1);
-    float inverse = 1.0f / (float)T;
+typedef struct { /* one layer while it is improved */
+    int E, T, G, K, P, parts, changed;
+    Options o;
+    float highest;
+    const float *load;
+    int32_t *count, *slots;
+    const int32_t *node;
+    float *L, *R;              /* [G][T] rank loads and their penalties */
+    float *W;                  /* [T][G] the penalties once more */
+    float *A, *bar;            /* [T][P] slot loads, [P] their means */
+    float *own, *cross;        /* [P] slot loads weighed by the penalties of their rank and of the hottest */
+    float *sums;               /* [G] of penalties */
+    float *hosts, *weights;    /* [E] own and sums over the slots of an expert */
+    float *sa, *score;         /* [G] */
+    int32_t *parent, *first, *touched;
+    uint8_t *has, *skip;       /* [E][G] copies, [G] ranks given up */
+} Layer;
+
+static Layer open_layer(int E, int T, int G, int K, const float *load, int32_t *count, int32_t *slots,
+                        const int32_t *node, Options o) {
+    int P = K * G;
+    Layer y = {.E = E, .T = T, .G = G, .K = K, .P = P, .o = o, .load = load, .count = count, .slots = slots, .node = node};
+    y.L = get((size_t)G * T, 4), y.W = get((size_t)T * G, 4), y.R = get((size_t)G * T, 4);
+    y.A = get((size_t)T * P, 4), y.bar = get(P, 4), y.own = get(P, 4), y.cross = get(P, 4), y.sums = get(G, 4);
+    y.sa = get(G, 4), y.score = get(G, 4), y.hosts = get(E, 4), y.weights = get(E, 4);
+    y.parent = get(G, 4), y.first = get(E, 4), y.touched = get(G, 4), y.has = get((size_t)E * G, 1), y.skip = get(G, 1);
     for (int j = 0; j < K; j++)
         for (int g = 0; g < G; g++) {
             int p = j * G + g, e = slots[p];
             float total = 0.0f, each = 1.0f / (float)count[e];
-            has[(size_t)e * G + g]++;
+            y.has[(size_t)e * G + g]++;
             for (int t = 0; t < T; t++) {
                 float a = load[(size_t)e * T + t] * each;
-                A[(size_t)t * P + p] = a, total += a, L[(size_t)g * T + t] += a;
+                y.A[(size_t)t * P + p] = a, total += a, y.L[(size_t)g * T + t] += a;
             }
-            bar[p] = total * inverse;
+            y.bar[p] = total * (1.0f / (float)T);
         }
-    float highest = 0.0f;
-    for (int x = 0; x < T * G; x++) highest = L[x] > highest ? L[x] : highest;
+    for (int x = 0; x < T * G; x++) y.highest = y.L[x] > y.highest ? y.L[x] : y.highest;
     for (int g = 0; g < G; g++)
         for (int t = 0; t < T; t++)
-            W[(size_t)t * G + g] = R[(size_t)g * T + t] = power(o.beta * (L[(size_t)g * T + t] - highest));
-    int parts = o.connect ? components(E, G, K, slots, count, parent, first) : 0;
-    float half = o.beta * o.beta * 0.5f;
+            y.W[(size_t)t * G + g] = y.R[(size_t)g * T + t] = power(o.beta * (y.L[(size_t)g * T + t] - y.highest));
+    y.parts = o.connect ? components(E, G, K, slots, count, y.parent, y.first) : 0;
+    return y;
+}
 
-    for (int round = 0; round < o.rounds && tabu < o.patience; round++) {
-        for (int g = 0; g < G; g++) sums[g] = 0.0f;
-        for (int t = 0; t < T; t++)
-            for (int g = 0; g < G; g++) sums[g] += W[(size_t)t * G + g];
-        int h = -1;
-        for (int g = 0; g < G; g++)
-            if (!skip[g] && (h < 0 || sums[g] > sums[h])) h = g;
-        if (h < 0) break;
-        for (int p = 0; p < P; p++) own[p] = 0.0f, cross[p] = 0.0f;
-        for (int t = 0; t < T; t++) {
-            const float *row = W + (size_t)t * G;
-            float at = row[h];
-            for (int j = 0; j < K; j++) {
-                const float *a = A + (size_t)t * P + j * G;
-                float *x = own + j * G, *y = cross + j * G;
-                for (int g = 0; g < G; g++) x[g] += row[g] * a[g], y[g] += at * a[g];
-            }
+static void close_layer(Layer *y) {
+    free(y->L), free(y->W), free(y->R), free(y->A), free(y->bar), free(y->own), free(y->cross), free(y->sums);
+    free(y->sa), free(y->score), free(y->hosts), free(y->weights);
+    free(y->parent), free(y->first), free(y->touched), free(y->has), free(y->skip);
+}
+
+/* The rank with the largest sum of penalties that is not given up, -1 if there is none. */
+static int hottest(Layer *y) {
+    int G = y->G, h = -1;
+    float *sums = y->sums;
+    for (int g = 0; g < G; g++) sums[g] = 0.0f;
+    for (int t = 0; t < y->T; t++)
+        for (int g = 0; g < G; g++) sums[g] += y->W[(size_t)t * G + g];
+    for (int g = 0; g < G; g++)
+        if (!y->skip[g] && (h < 0 || sums[g] > sums[h])) h = g;
+    return h;
+}
+
+/* Fills own and cross for the hottest rank h, and hosts and weights where slots may be reassigned. */
+static void weigh(Layer *y, int h) {
+    int G = y->G, P = y->P;
+    float *own = y->own, *cross = y->cross;
+    for (int p = 0; p < P; p++) own[p] = 0.0f, cross[p] = 0.0f;
+    for (int t = 0; t < y->T; t++) {
+        const float *row = y->W + (size_t)t * G;
+        float at = row[h];
+        for (int j = 0; j < y->K; j++) {
+            const float *a = y->A + (size_t)t * P + j * G;
+            float *x = own + j * G, *z = cross + j * G;
+            for (int g = 0; g < G; g++) x[g] += row[g] * a[g], z[g] += at * a[g];
         }
-        if (o.reassign) {
-            for (int e = 0; e < E; e++) hosts[e] = 0.0f, weights[e] = 0.0f;
-            for (int p = 0; p < P; p++) hosts[slots[p]] += own[p], weights[slots[p]] += sums[p % G];
-        }
-        Candidate list[CANDIDATES];
-        int found = 0;
-        for (int i = 0; i < K; i++) {
-            int pa = i * G + h, a = slots[pa];
-            for (int g = 0; g < G; g++) sa[g] = 0.0f;
-            for (int t = 0; t < T; t++) {
-                float x = A[(size_t)t * P + pa];
-                const float *row = W + (size_t)t * G;
-                for (int g = 0; g < G; g++) sa[g] += row[g] * x;
-            }
-            float here = sa[h], mine = bar[pa], sh = sums[h];
-            if (o.budget < 0 || changed + 2 <= o.budget)
-                for (int j = 0; j < K; j++) {
-                    const float *x = own + j * G, *y = cross + j * G, *m = bar + j * G;
-                    float lowest = 0.0f;
-                    for (int g = 0; g < G; g++) {
-                        float d = mine - m[g];
-                        score[g] = o.beta * ((sa[g] - here) + (y[g] - x[g])) + half * ((sums[g] + sh) * (d * d));
-                        lowest = score[g] < lowest ? score[g] : lowest;
-                    }
-                    if (!(lowest < 0.0f) || (found == CANDIDATES && lowest >= list[found - 1].score)) continue;
-                    for (int g = 0; g < G; g++) {
-                        int b = slots[j * G + g];
-                        if (score[g] < 0.0f && node[g] == node[h] && !has[(size_t)a * G + g] && !has[(size_t)b * G + h])
-                            offer(list, &found, score[g], 0, i, j * G + g);
-                    }
-                }
-            if (o.reassign && count[a] < G && (o.budget < 0 || changed < o.budget)) {
-                float r = (float)count[a] / (float)(count[a] + 1), rest = 1.0f - r;
-                float base = half * ((rest * mine) * (rest * mine) * weights[a]) - o.beta * (rest * hosts[a]);
-                for (int p = 0; p < P; p++) {
-                    int b = slots[p], g = p % G;
-                    if (count[b] <= o.least || has[(size_t)a * G + g] || node[g] != node[h]) continue;
-                    float q = 1.0f / (float)(count[b] - 1), d = r * mine - bar[p], f = q * bar[p];
-                    float s = o.beta * ((r * sa[g] - own[p]) + q * (hosts[b] - own[p])) + base;
-                    s = s + half * (sums[g] * (d * d) + (weights[b] - sums[g]) * (f * f));
-                    if (s < 0.0f) offer(list, &found, s, 1, i, p);
-                }
-            }
-        }
-        int chosen = -1;
-        float best = 0.0f;
-        for (int n = 0; n < found; n++) { /* the candidates in full */
-            Candidate c = list[n];
-            int pa = c.i * G + h, a = slots[pa], g = c.p % G, b = slots[c.p], num = 0;
-            touched[num++] = h;
-            touched[num++] = g; /* never h: a stands there already */
-            for (int x = 0; c.kind && x < G; x++)
-                if (x != h && x != g && (has[(size_t)a * G + x] || has[(size_t)b * G + x])) touched[num++] = x;
-            const float *la = load + (size_t)a * T, *lb = load + (size_t)b * T;
-            float na = (float)count[a], nb = (float)count[b];
-            float before = 0.0f, after = 0.0f;
-            for (int k = 0; k < num; k++) {
-                int x = touched[k];
-                float fa, fb; /* the change of rank x's load, as parts of the experts' loads */
-                if (c.kind) {
-                    fa = (float)has[(size_t)a * G + x] * (1.0f / (na + 1.0f) - 1.0f / na);
-                    fb = (float)has[(size_t)b * G + x] * (1.0f / (nb - 1.0f) - 1.0f / nb);
-                    if (x == g) fa = 1.0f / (na + 1.0f), fb = fb - 1.0f / (nb - 1.0f);
-                } else {
-                    fa = x == h ? -1.0f / na : 1.0f / na;
-                    fb = x == h ? 1.0f / nb : -1.0f / nb;
-                }
-                const float *now = L + (size_t)x * T, *was = R + (size_t)x * T;
-                float old[16], new[16]; /* sums by lane, then lane by lane: an order that vectors keep */
-                for (int v = 0; v < 16; v++) old[v] = 0.0f, new[v] = 0.0f;
-                int t = 0;
-                for (; t + 16 <= T; t += 16)
-                    for (int v = 0; v < 16; v++) {
-                        old[v] += was[t + v];
-                        new[v] += power(o.beta * (((now[t + v] + fa * la[t + v]) + fb * lb[t + v]) - highest));
-                    }
-                for (int v = 0; t + v < T; v++) {
-                    old[v] += was[t + v];
-                    new[v] += power(o.beta * (((now[t + v] + fa * la[t + v]) + fb * lb[t + v]) - highest));
-                }
-                for (int v = 0; v < 16; v++) before += old[v], after += new[v];
-            }
-            float gain = before - after;
-            if (!(gain > o.least_gain * before)) continue;
-            if (o.budget >= 0 && !c.kind) gain = gain * 0.5f; /* a swap writes two slots */
-            if (!(gain > best)) continue;
-            if (o.connect && (count[a] > 1 || count[b] > 1)) {
-                slots[c.p] = a;
-                if (c.kind) count[a]++, count[b]--;
-                else slots[pa] = b;
-                int now = components(E, G, K, slots, count, parent, first);
-                slots[c.p] = b;
-                if (c.kind) count[a]--, count[b]++;
-                else slots[pa] = a;
-                if (now > parts) continue;
-            }
-            chosen = n, best = gain;
-        }
-        if (chosen < 0) {
-            skip[h] = 1, tabu++;
-            continue;
-        }
-        Candidate c = list[chosen];
-        int pa = c.i * G + h, a = slots[pa], g = c.p % G, b = slots[c.p];
-        slots[c.p] = a;
-        has[(size_t)a * G + g]++, has[(size_t)b * G + g]--;
-        if (c.kind)
-            count[a]++, count[b]--, changed += 1;
-        else
-            slots[pa] = b, has[(size_t)b * G + h]++, has[(size_t)a * G + h]--, changed += 2;
-        for (int p = 0; p < P; p++) { /* what changed, summed anew so that errors do not grow */
-            int e = slots[p];
-            if (e != a && e != b) continue;
-            float total = 0.0f, each = 1.0f / (float)count[e];
-            for (int t = 0; t < T; t++) {
-                float v = load[(size_t)e * T + t] * each;
-                A[(size_t)t * P + p] = v, total += v;
-            }
-            bar[p] = total * inverse;
-        }
-        for (int x = 0; x < G; x++) {
-            if (x != h && x != g && !(c.kind && (has[(size_t)a * G + x] || has[(size_t)b * G + x]))) continue;
-            float *now = L + (size_t)x * T, *was = R + (size_t)x * T;
-            for (int t = 0; t < T; t++) {
-                float total = 0.0f;
-                for (int j = 0; j < K; j++) total += A[(size_t)t * P + j * G + x];
-                now[t] = total;
-            }
-            for (int t = 0; t < T; t++) was[t] = power(o.beta * (now[t] - highest));
-            for (int t = 0; t < T; t++) W[(size_t)t * G + x] = was[t];
-        }
-        if (o.connect) parts = components(E, G, K, slots, count, parent, first);
     }
-    free(L), free(W), free(R), free(A), free(bar), free(own), free(cross), free(sums), free(sa), free(score);
-    free(hosts), free(weights), free(parent), free(first), free(touched), free(has), free(skip);
-    return changed;
+    if (!y->o.reassign) return;
+    for (int e = 0; e < y->E; e++) y->hosts[e] = 0.0f, y->weights[e] = 0.0f;
+    for (int p = 0; p < P; p++) y->hosts[y->slots[p]] += own[p], y->weights[y->slots[p]] += y->sums[p % G];
+}
+
+/* Swaps of slot i of rank h with all others, by the first and second order of what they change. */
+static int offer_swaps(Layer *y, int h, int i, Candidate *list, int found) {
+    int G = y->G, a = y->slots[i * G + h];
+    float beta = y->o.beta, half = beta * beta * 0.5f, mine = y->bar[i * G + h], here = y->sa[h], sh = y->sums[h];
+    const float *sa = y->sa, *sums = y->sums;
+    float *score = y->score;
+    for (int j = 0; j < y->K; j++) {
+        const float *x = y->own + j * G, *z = y->cross + j * G, *m = y->bar + j * G;
+        float lowest = 0.0f;
+        for (int g = 0; g < G; g++) {
+            float d = mine - m[g];
+            score[g] = beta * ((sa[g] - here) + (z[g] - x[g])) + half * ((sums[g] + sh) * (d * d));
+            lowest = score[g] < lowest ? score[g] : lowest;
+        }
+        if (!(lowest < 0.0f) || (found == CANDIDATES && lowest >= list[found - 1].score)) continue;
+        for (int g = 0; g < G; g++) {
+            int b = y->slots[j * G + g];
+            if (score[g] < 0.0f && y->node[g] == y->node[h] && !y->has[(size_t)a * G + g] && !y->has[(size_t)b * G + h])
+                offer(list, &found, score[g], 0, i, j * G + g);
+        }
+    }
+    return found;
+}
+
+/* Replicas of the expert in slot i of rank h in place of redundant ones of others. */
+static int offer_replicas(Layer *y, int h, int i, Candidate *list, int found) {
+    int G = y->G, a = y->slots[i * G + h];
+    float beta = y->o.beta, half = beta * beta * 0.5f, mine = y->bar[i * G + h];
+    float r = (float)y->count[a] / (float)(y->count[a] + 1), rest = 1.0f - r;
+    float base = half * ((rest * mine) * (rest * mine) * y->weights[a]) - beta * (rest * y->hosts[a]);
+    for (int p = 0; p < y->P; p++) {
+        int b = y->slots[p], g = p % G;
+        if (y->count[b] <= y->o.least || y->has[(size_t)a * G + g] || y->node[g] != y->node[h]) continue;
+        float q = 1.0f / (float)(y->count[b] - 1), d = r * mine - y->bar[p], f = q * y->bar[p];
+        float s = beta * ((r * y->sa[g] - y->own[p]) + q * (y->hosts[b] - y->own[p])) + base;
+        s = s + half * (y->sums[g] * (d * d) + (y->weights[b] - y->sums[g]) * (f * f));
+        if (s < 0.0f) offer(list, &found, s, 1, i, p);
+    }
+    return found;
+}
+
+/* The best candidates by their estimates. */
+static int list_candidates(Layer *y, int h, Candidate *list) {
+    int G = y->G, found = 0;
+    float *sa = y->sa;
+    for (int i = 0; i < y->K; i++) {
+        for (int g = 0; g < G; g++) sa[g] = 0.0f;
+        for (int t = 0; t < y->T; t++) {
+            float x = y->A[(size_t)t * y->P + i * G + h];
+            const float *row = y->W + (size_t)t * G;
+            for (int g = 0; g < G; g++) sa[g] += row[g] * x;
+        }
+        int left = y->o.budget < 0 ? 2 : y->o.budget - y->changed;
+        if (left >= 2) found = offer_swaps(y, h, i, list, found);
+        if (y->o.reassign && y->count[y->slots[i * G + h]] < G && left > 0)
+            found = offer_replicas(y, h, i, list, found);
+    }
+    return found;
+}
+
+/* What the candidate takes off the penalties in full, per slot written; 0 if too little. */
+static float gain_of(Layer *y, int h, Candidate c) {
+    int G = y->G, T = y->T, num = 0, *touched = y->touched;
+    int a = y->slots[c.i * G + h], g = c.p % G, b = y->slots[c.p];
+    const uint8_t *on_a = y->has + (size_t)a * G, *on_b = y->has + (size_t)b * G;
+    touched[num++] = h;
+    touched[num++] = g; /* never h: a stands there already */
+    for (int x = 0; c.kind && x < G; x++)
+        if (x != h && x != g && (on_a[x] || on_b[x])) touched[num++] = x;
+    const float *la = y->load + (size_t)a * T, *lb = y->load + (size_t)b * T;
+    float na = (float)y->count[a], nb = (float)y->count[b], beta = y->o.beta, highest = y->highest;
+    float before = 0.0f, after = 0.0f;
+    for (int k = 0; k < num; k++) {
+        int x = touched[k];
+        float fa, fb; /* the change of rank x's load, as parts of the experts' loads */
+        if (c.kind) {
+            fa = (float)on_a[x] * (1.0f / (na + 1.0f) - 1.0f / na);
+            fb = (float)on_b[x] * (1.0f / (nb - 1.0f) - 1.0f / nb);
+            if (x == g) fa = 1.0f / (na + 1.0f), fb = fb - 1.0f / (nb - 1.0f);
+        } else {
+            fa = x == h ? -1.0f / na : 1.0f / na;
+            fb = x == h ? 1.0f / nb : -1.0f / nb;
+        }
+        const float *now = y->L + (size_t)x * T, *was = y->R + (size_t)x * T;
+        float old[16], new[16]; /* sums by lane, then lane by lane: an order that vectors keep */
+        for (int v = 0; v < 16; v++) old[v] = 0.0f, new[v] = 0.0f;
+        int t = 0;
+        for (; t + 16 <= T; t += 16)
+            for (int v = 0; v < 16; v++) {
+                old[v] += was[t + v];
+                new[v] += power(beta * (((now[t + v] + fa * la[t + v]) + fb * lb[t + v]) - highest));
+            }
+        for (int v = 0; t + v < T; v++) {
+            old[v] += was[t + v];
+            new[v] += power(beta * (((now[t + v] + fa * la[t + v]) + fb * lb[t + v]) - highest));
+        }
+        for (int v = 0; v < 16; v++) before += old[v], after += new[v];
+    }
+    float gain = before - after;
+    if (!(gain > y->o.least_gain * before)) return 0.0f;
+    return y->o.budget >= 0 && !c.kind ? gain * 0.5f : gain; /* a swap writes two slots */
+}
+
+/* Writes the candidate's slots. */
+static void exchange(Layer *y, int h, Candidate c) {
+    int pa = c.i * y->G + h, a = y->slots[pa], b = y->slots[c.p];
+    y->slots[c.p] = a;
+    if (c.kind)
+        y->count[a]++, y->count[b]--;
+    else
+        y->slots[pa] = b;
+}
+
+/* Whether the candidate would part ranks that shared experts join now. */
+static int parts_more(Layer *y, int h, Candidate c) {
+    int pa = c.i * y->G + h, a = y->slots[pa], b = y->slots[c.p];
+    if (y->count[a] < 2 && y->count[b] < 2) return 0;
+    exchange(y, h, c);
+    int now = components(y->E, y->G, y->K, y->slots, y->count, y->parent, y->first);
+    y->slots[c.p] = b;
+    if (c.kind)
+        y->count[a]--, y->count[b]++;
+    else
+        y->slots[pa] = a;
+    return now > y->parts;
+}
+
+/* Carries the candidate out, and sums anew what it changes, so that errors do not grow. */
+static void apply(Layer *y, int h, Candidate c) {
+    int G = y->G, T = y->T, P = y->P, g = c.p % G, a = y->slots[c.i * G + h], b = y->slots[c.p];
+    uint8_t *on_a = y->has + (size_t)a * G, *on_b = y->has + (size_t)b * G;
+    exchange(y, h, c);
+    on_a[g]++, on_b[g]--;
+    if (!c.kind) on_b[h]++, on_a[h]--;
+    y->changed += c.kind ? 1 : 2;
+    for (int p = 0; p < P; p++) {
+        int e = y->slots[p];
+        if (e != a && e != b) continue;
+        float total = 0.0f, each = 1.0f / (float)y->count[e];
+        for (int t = 0; t < T; t++) {
+            float v = y->load[(size_t)e * T + t] * each;
+            y->A[(size_t)t * P + p] = v, total += v;
+        }
+        y->bar[p] = total * (1.0f / (float)T);
+    }
+    for (int x = 0; x < G; x++) {
+        if (x != h && x != g && !(c.kind && (on_a[x] || on_b[x]))) continue;
+        float *now = y->L + (size_t)x * T, *was = y->R + (size_t)x * T, highest = y->highest, beta = y->o.beta;
+        for (int t = 0; t < T; t++) {
+            float total = 0.0f;
+            for (int j = 0; j < y->K; j++) total += y->A[(size_t)t * P + j * G + x];
+            now[t] = total;
+        }
+        for (int t = 0; t < T; t++) was[t] = power(beta * (now[t] - highest));
+        for (int t = 0; t < T; t++) y->W[(size_t)t * G + x] = was[t];
+    }
+    if (y->o.connect) y->parts = components(y->E, G, y->K, y->slots, y->count, y->parent, y->first);
+}
+
+static int improve(int E, int T, int G, int K, const float *load, int32_t *count, int32_t *slots,
+                   const int32_t *node, Options o) {
+    Layer y = open_layer(E, T, G, K, load, count, slots, node, o);
+    int given_up = 0;
+    for (int round = 0; round < o.rounds && given_up < o.patience; round++) {
+        int h = hottest(&y);
+        if (h < 0) break;
+        weigh(&y, h);
+        Candidate list[CANDIDATES];
+        int found = list_candidates(&y, h, list), chosen = -1;
+        float best = 0.0f;
+        for (int n = 0; n < found; n++) {
+            float gain = gain_of(&y, h, list[n]);
+            if (gain > best && !(o.connect && parts_more(&y, h, list[n]))) chosen = n, best = gain;
+        }
+        if (chosen < 0)
+            y.skip[h] = 1, given_up++;
+        else
+            apply(&y, h, list[chosen]);
+    }
+    close_layer(&y);
+    return y.changed;
 }
 
 /* Lower the sum over ranks and windows of power(beta * (load - highest)) by swaps of two slots and, if reassign,
