@@ -89,6 +89,10 @@ def test_panels_say_what_status_and_stats_say(balanced: Any) -> None:
     assert summary["last_time"] is not None and list(summary["windows"]) == ["decode"]
     # 4 + 2 of 8 on rank 0
     assert verdict["mean"] == status["imbalance"]["decode"]["mean"] == verdict["recent"]["mean"] == 1.5
+    metrics = balanced.web.get("/metrics").text
+    for stat in ("mean", "worst"):
+        shown = re.findall(rf'imbalance_ratio{{.*phase="decode",stat="{stat}".*}} ([\d.]+)', metrics)
+        assert shown == [str(verdict["recent"][stat])]
     assert get(balanced, "map?phase=decode&by=rank")["values"] == [[1.5, 0.5]] * 2
     assert get(balanced, "history?layer=1") == get(balanced, "history?layer=1&phase=decode")
     assert get(balanced, "layer?layer=1&window=0")["counts"] == [4, 2, 1, 1]

@@ -178,7 +178,8 @@ function cellSentence(row, column) {
 
 function selectedSentence() {
   const { map: data } = got, line = data.values[chosen.layer], most = Math.max(...line);
-  return data.loads[chosen.layer] ? `Layer ${data.layers[chosen.layer]}: at most ${times(most)}, on ${data.by} ${line.indexOf(most)}` : `Layer ${data.layers[chosen.layer]}: no load`;
+  const when = data.window === null ? ", all windows together" : "";
+  return data.loads[chosen.layer] ? `Layer ${data.layers[chosen.layer]}${when}: at most ${times(most)}, on ${data.by} ${line.indexOf(most)}` : `Layer ${data.layers[chosen.layer]}: no load`;
 }
 
 function separators() {
@@ -224,7 +225,7 @@ function showLayer() {
   const comparable = whatIf?.points && whatIf.layer === layer.layer && whatIf.phase === layer.phase && whatIf.ranks.length === layer.ranks.length;
   const busiest = layer.ranks.indexOf(Math.max(...layer.ranks));
   at("layer-title").textContent = `Layer ${layer.layer}`;
-  at("layer-sentence").textContent = layer.load ? `Rank ${busiest} carries ${times(layer.ranks[busiest])} its fair share, rank ${layer.ranks.indexOf(Math.min(...layer.ranks))} ${times(Math.min(...layer.ranks))}, of ${count(layer.load)} choices.` : "No load in this window.";
+  at("layer-sentence").textContent = layer.load ? `${layer.window === null ? "All windows together: rank" : "Rank"} ${busiest} carries ${times(layer.ranks[busiest])} its fair share, rank ${layer.ranks.indexOf(Math.min(...layer.ranks))} ${times(Math.min(...layer.ranks))}, of ${count(layer.load)} choices.` : "No load in this window.";
   const ghosts = comparable ? whatIf.ranks : null;
   const say = (i) => { at("ranks-text").textContent = `Rank ${i ?? busiest}: ${times(layer.ranks[i ?? busiest])} its fair share${ghosts ? `; ${times(ghosts[i ?? busiest])} with the placement of the what-if panel` : ""}`; };
   rankBars(at("ranks"), { values: layer.ranks, ghosts, label: `Load of each rank in layer ${layer.layer} over fair share`, dark: night.matches, onPoint: say });

@@ -74,15 +74,15 @@ export function showFacts(summary) {
 export function showVerdict(verdict, summary) {
   at("verdict").textContent = verdictSentence(verdict);
   const numbers = [
-    ["Imbalance now", times(verdict.mean), `mean of ${summary.layers.length} layers, ${count(verdict.windows)} window${verdict.windows === 1 ? "" : "s"}, ${count(verdict.tokens)} tokens`],
+    ["Imbalance", times(verdict.mean), `window by window, mean of ${summary.layers.length} layers, ${count(verdict.windows)} window${verdict.windows === 1 ? "" : "s"}, ${count(verdict.tokens)} tokens`],
     ["Worst layer", times(verdict.worst), `layer ${verdict.worst_layer}`],
   ];
-  if (verdict.recent) numbers.push(["Last 30 s of traffic", times(verdict.recent.mean), `worst layer ${times(verdict.recent.worst)}; as in /eplb/status`]);
+  if (verdict.recent) numbers.push(["Last 30 s, summed", times(verdict.recent.mean), `worst layer ${times(verdict.recent.worst)}; as in /eplb/status`]);
   numbers.push(["Waiting", percent(verdict.waiting), "of the ranks' expert time"]);
   verdict.proposals.forEach((proposal) => {
     const cost = proposal.moves === null ? "" : `; ${count(proposal.moves)} experts change their rank`;
     numbers.push([
-      proposal.redundant ? `Solved, ${proposal.redundant} redundant` : "Solved, same slots",
+      proposal.redundant ? `Solved, +${proposal.redundant} slots` : "Solved, same slots",
       times(proposal.held_out_after ?? proposal.after),
       `${basisSentence(proposal, verdict.windows)}${cost}`,
     ]);
