@@ -27,8 +27,9 @@ CHUNK_BYTES = 1 << 18
 """A long message is handed over in parts of this size, so that it is read while it is written."""
 POLLS_BEFORE_SLEEP = 50
 SLEEP_SECONDS = 50e-6
-MAX_SLEEP_SECONDS = 2e-3
-"""A rank that waits long sleeps longer, by a share of its wait: polling alone would take a seventh of a core."""
+IDLE_SECONDS = 20e-3
+IDLE_SLEEP_SECONDS = 1e-3
+"""A rank that has waited so long sleeps so long: idle, polling as in a step would take a seventh of a core."""
 CHECK_SECONDS = 0.1
 """How often a waiting rank looks whether the others still live."""
 
@@ -200,7 +201,7 @@ class SharedPairs:
                 if now - last > CHECK_SECONDS:
                     last = now
                     self._check([t.peer for t in sends + receives], now - since)
-                time.sleep(min(MAX_SLEEP_SECONDS, max(SLEEP_SECONDS, (now - since) / 20)))
+                time.sleep(SLEEP_SECONDS if now - since < IDLE_SECONDS else IDLE_SLEEP_SECONDS)
 
     def _check(self, peers: Sequence[int], waited: float) -> None:
         for peer in peers:
