@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from moeserve.eplb.native import Singles
 from moeserve.eplb.policies.problem import Problem, rank_major
-from moeserve.eplb.policies.robust import effort_for, order_of, refine
+from moeserve.eplb.policies.robust import effort_for, highest_load, order_of, refine
 from moeserve.eplb.types import Floats, Ints
 
 _MOST_PACKINGS = 3000
@@ -55,6 +55,7 @@ def hierarchical(problem: Problem) -> Ints:
 
     refine(problem, load, counts, placed, problem.weighted, effort, by_node=True)
     if problem.redundant and nodes > 1:
+        within = counts.copy(), placed.copy()
         for layer in range(layers):
             for _ in range(1 if nodes <= 4 else 2):
                 if problem.weighted:
@@ -62,6 +63,9 @@ def hierarchical(problem: Problem) -> Ints:
                 else:
                     _level(problem, load[layer], counts[layer], placed[layer])
         refine(problem, load, counts, placed, problem.weighted, effort, by_node=True)
+        if not problem.weighted:  # nodes are level now, their ranks not always
+            worse = highest_load(load, counts, placed) > highest_load(load, *within) + 1e-6
+            placed[worse] = within[1][worse]
     return rank_major(placed)
 
 
