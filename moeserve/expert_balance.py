@@ -133,6 +133,11 @@ class ExpertBalance:
             PlacementFile(self.placement, self.topology.num_ranks, self.layers, self.model)
         )
 
+    @property
+    def state(self) -> str:
+        """What the balancer is doing: a given placement stays."""
+        return "off"
+
     def status(self) -> dict[str, Any]:
         """The answer of /eplb/status. predicted is null: nobody has promised anything for a given placement."""
         balance = {
@@ -148,7 +153,7 @@ class ExpertBalance:
         return {
             "generation": self.placement.generation,
             "digest": self.placement.digest,
-            "state": "off",
+            "state": self.state,
             "routing": "even" if self._is_even else "shares",
             "num_slots": self.placement.num_slots,
             "ep_size": self.topology.num_ranks,

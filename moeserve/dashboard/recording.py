@@ -84,8 +84,7 @@ class LiveSource:
 
     @property
     def state(self) -> str | None:
-        state: str = self._balance.status()["state"]
-        return state
+        return self._balance.state
 
     @property
     def version(self) -> str:

@@ -102,6 +102,10 @@ def test_served_load_makes_a_placement_that_balances_it(
     assert f"stats    {server.url}/eplb/stats.json" in server.output
     before = serve_spanish(server)
     stats.write_bytes(server.get("/eplb/stats.json").content)
+    assert f"dashboard {server.url}/dashboard" in server.output
+    shown = server.get("/dashboard/api/verdict?phase=decode").json()
+    assert shown["state"] == "helps"
+    assert round(shown["recent"]["mean"], 6) == before["imbalance"]["decode"]["mean"]
     server.process.terminate()
 
     assert cli.main([str(stats), "-o", str(placement)]) == 0

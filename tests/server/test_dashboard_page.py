@@ -315,12 +315,12 @@ def test_words_and_colours() -> None:
         import(`data:text/javascript,${encodeURIComponent(process.argv[1])}`).then((w) => console.log(JSON.stringify([
             [0, 0.1, 0.25, 0.5, 1, 2, 4, 9].map(w.scale), w.colour(4, false), w.colour(1, true), w.axisTicks(1, 2, 5),
             w.verdictSentence({state: "balanced", phase: "decode", mean: 1.004}),
-            w.windowName({start_step: 10, steps: 5}), w.ago(200),
+            w.windowName({start_step: 10, steps: 5}, 0), w.windowName({steps: 1, start_time: null}, 2), w.ago(200),
         ])))"""
     run = subprocess.run([node, "-e", program, words.read_text()], capture_output=True, text=True, timeout=20)
-    scale, hottest, fair, ticks, sentence, window, ago = json.loads(run.stdout)
+    scale, hottest, fair, ticks, sentence, window, unknown, ago = json.loads(run.stdout)
     assert scale == [-1, -1, -1, -0.5, 0, 0.5, 1, 1]
     assert hottest == [178, 24, 43] and fair == [40, 46, 56]
     assert np.allclose(ticks, [1, 1.2, 1.4, 1.6, 1.8, 2])
     assert sentence == "Balanced, nothing to gain: in decode the busiest rank carries 1.00x its fair share."
-    assert (window, ago) == ("steps 10 to 14", "3 min ago")
+    assert (window, unknown, ago) == ("steps 10 to 14", "window 3", "3 min ago")

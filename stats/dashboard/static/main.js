@@ -156,7 +156,7 @@ function showWindows() {
   range.value = index ?? windows.length - 1;
   range.disabled = windows.length < 2;
   const name = index === null ? `all ${windows.length}, ${count(windows.reduce((sum, w) => sum + w.tokens, 0))} tokens`
-    : `${index + 1} of ${windows.length}: ${windowName(windows[index])}, ${count(windows[index].tokens)} tokens`;
+    : `${index + 1} of ${windows.length}: ${windowName(windows[index], index)}, ${count(windows[index].tokens)} tokens`;
   at("window-text").textContent = name;
   range.setAttribute("aria-valuetext", name);
   at("all-windows").disabled = index === null;
@@ -202,12 +202,12 @@ function showMap() {
 }
 
 function showHistory() {
-  const { history } = got, names = windowsNow().map(windowName), place = at("history");
+  const { history } = got, names = windowsNow().map((window, i) => windowName(window, i)), place = at("history");
   if (history.worst.length !== names.length) return; // windows have come in between: the next refresh has both
   const sentence = (i) => `${names[i]}: worst layer ${times(history.worst[i])}, median ${times(history.median[i])}, layer ${history.layer} ${times(history.chosen[i])}; ${count(windowsNow()[i].tokens)} tokens`;
   lineChart(place, {
     series: [{ kind: "worst", values: history.worst }, { kind: "median", values: history.median }, { kind: "chosen", values: history.chosen }],
-    names: windowsNow()[0].start_time ? names : windowsNow().map((w) => `step ${w.start_step}`),
+    names,
     label: "Imbalance of the worst layer, of the median layer and of the chosen layer, by window",
     here: windowIndex(),
     onPoint: (i) => { at("history-text").textContent = sentence(i ?? windowIndex() ?? names.length - 1); },

@@ -76,12 +76,12 @@ export function whatIfSentence(point, knee, known) {
     + (knee ? " This is the knee: another slot a rank brings less than a tenth of all there is to gain." : "");
 }
 
-/** A window of the list, by its time or its steps. */
-export function windowName(window) {
-  const steps = `steps ${window.start_step} to ${window.start_step + Math.max(window.steps, 1) - 1}`;
-  if (!window.start_time) return steps;
-  const time = new Date(window.start_time);
-  return Number.isNaN(time.getTime()) ? steps : time.toLocaleTimeString("en-GB");
+/** A window of the list, by its time, its steps or, where neither was recorded, its place. */
+export function windowName(window, index) {
+  const time = new Date(window.start_time ?? NaN);
+  if (!Number.isNaN(time.getTime())) return time.toLocaleTimeString("en-GB");
+  if (window.steps <= 1) return `window ${index + 1}`;
+  return `steps ${window.start_step} to ${window.start_step + window.steps - 1}`;
 }
 
 export function ago(seconds) {
