@@ -23,7 +23,7 @@ from moeserve.server.errors import ApiError
 from moeserve.stats.dashboard import page_files
 
 TICK_SECONDS = 1.0
-SOLVE_SECONDS = 10.0  # so old an answer of the solver may be while counts come in
+VERDICT_SECONDS, WHAT_IF_SECONDS = 10.0, 30.0  # so old an answer of the solver may be while counts come in
 MAX_ANSWERS = 64  # of 0.1 MB at most, for 58 layers of 256 experts
 HEADERS = {
     "content-security-policy": "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -58,7 +58,11 @@ def dashboard_app(source: Source | None, stopping: Callable[[], bool]) -> Starle
 
     async def verdict(request: Request) -> Response:
         phase = _phase(request)
-        return _json(await known().solve("verdict", (phase,), lambda found: advice.verdict(found, phase)))
+        return _json(
+            await known().solve(
+                "verdict", (phase,), lambda found: advice.verdict(found, phase), VERDICT_SECONDS
+            )
+        )
 
     async def load_map(request: Request) -> Response:
         given = (_phase(request), request.query_params.get("by", "rank"), _window(request))
@@ -81,7 +85,11 @@ def dashboard_app(source: Source | None, stopping: Callable[[], bool]) -> Starle
             request.query_params.get("policy", "auto"),
             _number(request, "layer", 0),
         )
-        return _json(await known().solve("what_if", given, lambda found: advice.what_if(found, *given)))
+        return _json(
+            await known().solve(
+                "what_if", given, lambda found: advice.what_if(found, *given), WHAT_IF_SECONDS
+            )
+        )
 
     async def stats(request: Request) -> Response:
         recording = known().recording()
@@ -128,9 +136,11 @@ class _Answers:
     async def give(self, name: str, given: tuple[Any, ...], make: Callable[[Recording], Any]) -> bytes:
         return await self._answer("give", (name, *given), make, 0.0)
 
-    async def solve(self, name: str, given: tuple[Any, ...], make: Callable[[Recording], Any]) -> bytes:
-        """The same, one at a time and not again within SOLVE_SECONDS."""
-        return await self._answer("solve", (name, *given), make, SOLVE_SECONDS)
+    async def solve(
+        self, name: str, given: tuple[Any, ...], make: Callable[[Recording], Any], max_age: float
+    ) -> bytes:
+        """The same, one at a time and not again within max_age seconds."""
+        return await self._answer("solve", (name, *given), make, max_age)
 
     async def _answer(
         self, lock: str, key: tuple[Any, ...], make: Callable[[Recording], Any], max_age: float
