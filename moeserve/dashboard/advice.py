@@ -155,6 +155,8 @@ def _propose(
     seconds = time.perf_counter() - begun
     after = balance(load.load, solution.placement, topology)
     early, late = load.split(HOLDOUT)
+    if late is not None and not (early.load.any() and late.load.any()):
+        late = None  # a measure of nothing
     held_before = held_after = None
     if late is not None:
         held = explain(early.load, topology, policy=policy, expert_groups=load.expert_groups).placement

@@ -68,6 +68,13 @@ def test_balanced_when_there_is_nothing_to_gain() -> None:
     assert [proposal["after"] for proposal in skewed["proposals"]] == [2.0, 1.0]
 
 
+def test_a_window_without_load_is_nothing_to_measure_on() -> None:
+    load = ExpertLoad(np.array([[[9, 9, 1, 1]], [[0, 0, 0, 0]]]), (0,), (Window("decode"),) * 2, ep_size=2)
+    recording = Recording("1", lambda: load, Placement.identity(1, 4, 4), Topology.of(2, 4))
+    found = advice.verdict(recording, "decode")
+    assert found["state"] == "helps" and found["proposals"][0]["held_out_after"] is None
+
+
 def test_one_rank_has_nobody_to_wait_for() -> None:
     found = advice.verdict(recording_of([9, 1], 1), "decode")
     assert (found["state"], found["mean"], found["proposals"]) == ("one_rank", 1.0, [])

@@ -3,7 +3,7 @@
 import { keys, lineChart, rankBars } from "./chart.js";
 import { LoadMap } from "./map.js";
 import { at, choice, expertSentence, fillTable, select, showFacts, showLegend, showSlots, showVerdict } from "./views.js";
-import { ago, count, plural, times, whatIfSentence, windowName } from "./words.js";
+import { ago, count, plural, times, tokens, whatIfSentence, windowName } from "./words.js";
 
 const REFRESH_MS = 2000, SOLVE_MS = 10000, LOST_MS = 3000;
 const COLUMNS = [["rank", "Ranks"], ["expert", "Experts"], ["slot", "Slots"]];
@@ -155,8 +155,8 @@ function showWindows() {
   range.max = windows.length - 1;
   range.value = index ?? windows.length - 1;
   range.disabled = windows.length < 2;
-  const name = index === null ? `all ${windows.length}, ${count(windows.reduce((sum, w) => sum + w.tokens, 0))} tokens`
-    : `${index + 1} of ${windows.length}: ${windowName(windows[index], index)}, ${count(windows[index].tokens)} tokens`;
+  const name = index === null ? `all ${windows.length}${tokens(windows.reduce((sum, w) => sum + w.tokens, 0))}`
+    : `${index + 1} of ${windows.length}: ${windowName(windows[index], index)}${tokens(windows[index].tokens)}`;
   at("window-text").textContent = name;
   range.setAttribute("aria-valuetext", name);
   at("all-windows").disabled = index === null;
@@ -204,7 +204,7 @@ function showMap() {
 function showHistory() {
   const { history } = got, names = windowsNow().map((window, i) => windowName(window, i)), place = at("history");
   if (history.worst.length !== names.length) return; // windows have come in between: the next refresh has both
-  const sentence = (i) => `${names[i]}: worst layer ${times(history.worst[i])}, median ${times(history.median[i])}, layer ${history.layer} ${times(history.chosen[i])}; ${count(windowsNow()[i].tokens)} tokens`;
+  const sentence = (i) => `${names[i]}: worst layer ${times(history.worst[i])}, median ${times(history.median[i])}, layer ${history.layer} ${times(history.chosen[i])}${tokens(windowsNow()[i].tokens)}`;
   lineChart(place, {
     series: [{ kind: "worst", values: history.worst }, { kind: "median", values: history.median }, { kind: "chosen", values: history.chosen }],
     names,

@@ -74,7 +74,7 @@ export class LoadMap {
     context.textAlign = "right";
     const every = Math.ceil(13 / this.tall);
     data.layers.forEach((layer, row) => {
-      if (row % every === 0) context.fillText(layer, LEFT - 6, (row + 0.5) * this.tall);
+      if (row % every === 0) context.fillText(layer, LEFT - 6, Math.max(6, (row + 0.5) * this.tall));
     });
     context.textAlign = "center";
     const step = Math.max(1, ...[1, 2, 4, 8, 16, 32, 64, 128, 256].filter((s) => (s / 2) * this.wide < 34 && s <= columns));

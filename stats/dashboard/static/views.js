@@ -1,6 +1,6 @@
 // The panels that are text and tables. They are given figures and draw them; they fetch nothing.
 
-import { basisSentence, colour, count, inkOn, percent, times, verdictSentence } from "./words.js";
+import { basisSentence, colour, count, inkOn, percent, times, tokens, verdictSentence } from "./words.js";
 
 export const at = (id) => document.getElementById(id);
 
@@ -74,7 +74,7 @@ export function showFacts(summary) {
 export function showVerdict(verdict, summary) {
   at("verdict").textContent = verdictSentence(verdict);
   const numbers = [
-    ["Imbalance", times(verdict.mean), `window by window, mean of ${summary.layers.length} layers, ${count(verdict.windows)} window${verdict.windows === 1 ? "" : "s"}, ${count(verdict.tokens)} tokens`],
+    ["Imbalance", times(verdict.mean), `window by window, mean of ${summary.layers.length} layers, ${count(verdict.windows)} window${verdict.windows === 1 ? "" : "s"}${tokens(verdict.tokens)}`],
     ["Worst layer", times(verdict.worst), `layer ${verdict.worst_layer}`],
   ];
   if (verdict.recent) numbers.push(["Last 30 s, summed", times(verdict.recent.mean), `worst layer ${times(verdict.recent.worst)}; as in /eplb/status`]);

@@ -26,6 +26,8 @@ export function inkOn([r, g, b]) {
 export const times = (ratio) => `${ratio.toFixed(2)}x`;
 export const percent = (part) => `${Math.round(part * 100)} %`;
 export const count = (number) => Math.round(number).toLocaleString("en-US");
+/** Other engines' files do not say how many tokens a window had. */
+export const tokens = (number) => (number ? `, ${count(number)} tokens` : "");
 export const plural = (number, word) => `${count(number)} ${word}${number === 1 ? "" : "s"}`;
 
 /** The sentence about a verdict of the server. */
@@ -56,7 +58,7 @@ function proposalSentence(proposal, index) {
 
 /** What a proposal was measured on. */
 export function basisSentence(proposal, windows) {
-  if (proposal.held_out_after === null) return "on the one window there is, which the solver knew";
+  if (proposal.held_out_after === null) return "on the windows that the solver knew: there are none to hold out";
   const which = proposal.held_out_windows === 1 ? `the last of ${windows} windows, solved without it` : `the last ${proposal.held_out_windows} of ${windows} windows, solved without them`;
   return `from ${times(proposal.held_out_before)}, on ${which}`;
 }
