@@ -133,8 +133,8 @@ async def _announce(frontend: Frontend, plan: EnginePlan, listener: socket.socke
         host, port = listener.getsockname()[:2]
         host = f"[{host}]" if ":" in host else host
         print(f"moeserve is ready: {plan.model_name} on {plan.layout.world_size} ranks", flush=True)
-        print(f"  API      http://{host}:{port}/v1", flush=True)
-        print(f"  metrics  http://{host}:{port}/metrics", flush=True)
+        print(f"  API        http://{host}:{port}/v1", flush=True)
+        print(f"  metrics    http://{host}:{port}/metrics", flush=True)
         if frontend.balance is not None:
-            print(f"  stats    http://{host}:{port}/eplb/stats.json", flush=True)
-            print(f"  dashboard http://{host}:{port}/dashboard", flush=True)
+            print(f"  stats      http://{host}:{port}/eplb/stats.json", flush=True)
+            print(f"  dashboard  http://{host}:{port}/dashboard", flush=True)
