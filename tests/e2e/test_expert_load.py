@@ -99,10 +99,10 @@ def test_served_load_makes_a_placement_that_balances_it(
     flags = ("--tp-size", "4", "--ep-size", "4", "--enable-attention-dp")
     stats, placement = tmp_path / "stats.json", tmp_path / "placement.json"
     server = start_server(*flags)
-    assert f"stats    {server.url}/eplb/stats.json" in server.output
+    assert f"{server.url}/eplb/stats.json" in server.output
     before = serve_spanish(server)
     stats.write_bytes(server.get("/eplb/stats.json").content)
-    assert f"dashboard {server.url}/dashboard" in server.output
+    assert f"{server.url}/dashboard" in server.output
     shown = server.get("/dashboard/api/verdict?phase=decode").json()
     assert shown["state"] == "helps"
     assert round(shown["recent"]["mean"], 6) == before["imbalance"]["decode"]["mean"]
