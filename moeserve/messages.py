@@ -108,7 +108,8 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
 class SequenceOutput(msgspec.Struct, array_like=True):
     """What one step added to one sequence; finish_reason is None while it goes on.
 
-    finish_reason: "stop" (an end or stop token, which is the last of token_ids), "length" or "error".
+    finish_reason: "stop" (an end or stop token, which is the last of token_ids), "length", "error" (the
+    request cannot be run) or "fault" (it was run, and the model's output is not a number).
     prompt_logprobs: once, with the first output: one entry a prompt token, the first None.
     routed_experts: with the last output when asked for: uint8/int16 little-endian bytes of [tokens, L, K]
     (tokens = prompt + generated - 1: the last token was never an input), width by expert_width (1 or 2).

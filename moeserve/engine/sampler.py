@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moeserve.engine.scheduler import ScheduledBatch
-from moeserve.engine.sequence import GREEDY_BELOW, Sequence, StepResult, adjusts_logits
+from moeserve.engine.sequence import GREEDY_BELOW, NO_TOKEN, Sequence, StepResult, adjusts_logits
 from moeserve.messages import SamplingParams, TokenLogprob
 
 BLOCK = 128  # tokens whose probabilities are summed first when a token is drawn from all
@@ -28,10 +28,13 @@ Floats = NDArray[np.float64]
 
 def sample(logits: Tensor, batch: ScheduledBatch) -> list[StepResult]:
     """One result a chunk from float32 [M, V] logits of ForwardBatch.logit_rows, before `finish` is told of
-    it."""
+    it. A row with a logit that is not a number, or infinite, gives NO_TOKEN."""
     chunks = batch.chunks
     if all(chunk.samples and chunk.sequence.plain for chunk in chunks):
-        return [StepResult(token) for token in logits.argmax(-1).tolist()] if chunks else []
+        if not chunks:
+            return []
+        best, tokens_of = logits.max(-1)
+        return [StepResult(token) for token in torch.where(best.isfinite(), tokens_of, NO_TOKEN).tolist()]
 
     rows: list[int] = []
     sequences: list[Sequence] = []
@@ -50,8 +53,11 @@ def sample(logits: Tensor, batch: ScheduledBatch) -> list[StepResult]:
             sequences.append(chunk.sequence)
             row += 1
     assert row == len(logits), f"{len(logits)} rows of logits for {row} wanted"
-    tokens = choose_tokens(_select(logits, rows), sequences)
+    sampled = _select(logits, rows)
+    tokens = choose_tokens(sampled, sequences)
     logprobs = _chosen_logprobs(logits, rows, sequences, tokens)
+    sound = sampled.amax(-1).isfinite().tolist()
+    tokens = [token if is_sound else NO_TOKEN for token, is_sound in zip(tokens, sound, strict=True)]
     drawn = zip(tokens, logprobs, strict=True)
     results: list[StepResult] = []
     for chunk, score in zip(chunks, scores, strict=True):
@@ -218,7 +224,7 @@ def _draw_from_likely(probabilities: Tensor, params: Listing[SamplingParams], ra
     tokens = np.zeros(len(params), dtype=np.int64)
     for row, p in enumerate(params):
         value = values[edges[row] : edges[row + 1]]
-        if not len(value):  # not a number among them: token 0, as argmax has it; other rows must not suffer
+        if not len(value):  # not a number among them: `sample` sees it too; other rows must not suffer
             continue
         kept = _kept(value, p)
         place, _ = _invert(value[kept][None], random[row : row + 1])

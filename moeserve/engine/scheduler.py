@@ -16,7 +16,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from moeserve.engine.page_pool import PagePool
-from moeserve.engine.sequence import Chunk, Sequence, State, StepResult
+from moeserve.engine.sequence import NO_TOKEN, Chunk, Sequence, State, StepResult
 from moeserve.messages import AddRequest, EngineStats, SequenceOutput
 
 
@@ -352,6 +352,9 @@ class Scheduler:
         output = SequenceOutput(sequence.request_id, [], cached_tokens=sequence.cached_tokens or 0)
         if params.max_tokens == 0:
             output.finish_reason = "length"
+        elif token == NO_TOKEN:
+            output.finish_reason = "fault"
+            output.error = "the model's output is not a number: its weights are broken"
         else:
             assert token is not None, f"no token sampled for {sequence.request_id}"
             sequence.tokens.append(token)

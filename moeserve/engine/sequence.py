@@ -103,8 +103,12 @@ class Chunk(NamedTuple):
     num_scored: int = 0
 
 
+NO_TOKEN = -1
+"""In place of a token where the logits were not numbers: the weights or a kernel are broken."""
+
+
 class StepResult(NamedTuple):
-    """What a step found for one chunk: the sampled token (None: the chunk did not sample), its
+    """What a step found for one chunk: the sampled token (None: the chunk did not sample; NO_TOKEN), its
     log-probability when wanted, and one entry for each scored prompt token."""
 
     token: int | None = None

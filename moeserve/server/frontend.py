@@ -242,6 +242,11 @@ class Frontend:
             message = output.error or "the engine could not run this request"
             self._fail(sequence.generation, ApiError(400, message, code="request_not_runnable"))
             return
+        if output.finish_reason == "fault":
+            self._fail(
+                sequence.generation, ApiError(500, output.error or "the model failed", code="model_fault")
+            )
+            return
         tokens = len(output.token_ids)
         if sequence.first_output == 0.0:
             sequence.first_output = now

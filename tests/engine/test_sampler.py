@@ -14,7 +14,7 @@ from scipy import stats
 
 from moeserve.engine.sampler import choose_tokens, sample, token_logprobs, uniform
 from moeserve.engine.scheduler import ScheduledBatch
-from moeserve.engine.sequence import Chunk, Sequence
+from moeserve.engine.sequence import NO_TOKEN, Chunk, Sequence
 from moeserve.messages import AddRequest, SamplingParams
 
 torch.set_num_threads(1)
@@ -230,3 +230,18 @@ def test_a_row_that_is_no_numbers_harms_no_other(bad: float, params: dict[str, A
     broken, healthy = choose_tokens(logits, asked)
     assert healthy == alone
     assert 0 <= broken < 300
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    "params", [{"temperature": 0.0}, {"temperature": 0.0, "logprobs": 1}, {"top_p": 0.9}], ids=str
+)
+def test_a_row_that_is_no_numbers_gives_no_token(bad: float, params: dict[str, Any]) -> None:
+    logits = torch.randn(2, 30, generator=torch.Generator().manual_seed(0))
+    of = [sequence(seed=1, **params) for _ in range(2)]
+    batch = ScheduledBatch(tuple(chunk(one, 0, 1) for one in of), 2, 2, False)
+    (_, healthy) = sample(logits, batch)
+    logits[0, 7] = bad
+    broken, same = sample(logits, batch)
+    assert broken.token == NO_TOKEN
+    assert same.token == healthy.token

@@ -17,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from moeserve.engine.batch import make_batch
 from moeserve.engine.page_pool import PagePool
 from moeserve.engine.scheduler import ScheduledBatch, Scheduler
-from moeserve.engine.sequence import StepResult
+from moeserve.engine.sequence import NO_TOKEN, StepResult
 from moeserve.messages import AddRequest, SamplingParams, SequenceOutput, TokenLogprob
 
 VOCAB = 5
@@ -413,6 +413,16 @@ def test_ends() -> None:
     assert ends["stop"] == (text.index(stop, 1), "stop")
     assert ends["budget"] == (5, "length")
     assert ends["context"] == (39, "length")
+
+
+def test_a_model_that_gives_no_numbers_ends_the_request_and_frees_its_pages() -> None:
+    run = toy(num_pages=4)
+    run.scheduler.add(request("broken", [1, 2], 5))
+    (output,) = run.scheduler.finish(run.scheduler.next_batch(), [StepResult(NO_TOKEN)])
+    assert (output.finish_reason, output.token_ids) == ("fault", [])
+    assert "not a number" in (output.error or "")
+    run.scheduler.check()
+    assert run.scheduler.stats(1).pages_used == 0
 
 
 def test_without_chunking_a_prompt_is_whole_and_waits_neither_for_ever_nor_stops_the_others() -> None:
