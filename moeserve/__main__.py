@@ -27,6 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         add(sub)
     flags = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    # As launch.py has it for the ranks it starts; one that torchrun or Slurm started imports torch after this.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         code: int = flags.function(flags)
         return code
