@@ -89,7 +89,40 @@ class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
     """Drop what still runs and leave once every replica was told to; sent to each replica's leader."""
 
 
-ToRank = AddRequest | AbortRequest | Wake | Shutdown
+class LayerOrder(msgspec.Struct, frozen=True, array_like=True):
+    """What one layer is to look like: its number among the MoE layers, the expert and the share of each slot [P].
+
+    moves: (source slot, target slot); sources are read as they stood before any of them. Without moves the shares
+    alone change.
+    """
+
+    layer: int
+    slot_to_expert: list[int]
+    share: list[float]
+    moves: list[tuple[int, int]]
+
+
+class Migrate(msgspec.Struct, frozen=True, tag="migrate"):
+    """Bring the experts to another placement while serving; to each replica's leader, answered by Migrated.
+
+    order: a number that grows from one order to the next, above 0. old_generation and old_digest: of the placement
+    it starts from; generation and digest: of the one it leads to. layers: those that differ, moved in this order
+    after all whose shares alone change. layers_per_step: layers under way at the same time, each with staging of
+    its own. bytes_per_second: that a rank sends and receives at most, both together; None: as much as its steps
+    bear. A later order replaces one that has not begun.
+    """
+
+    order: int
+    old_generation: int
+    old_digest: str
+    generation: int
+    digest: str
+    layers: list[LayerOrder]
+    layers_per_step: int = 1
+    bytes_per_second: float | None = None
+
+
+ToRank = AddRequest | AbortRequest | Wake | Shutdown | Migrate
 
 
 # ------------------------------------------------------------------ rank -> front-end
@@ -186,6 +219,37 @@ class ExpertCounts(msgspec.Struct, frozen=True, tag="experts"):
     counts: bytes
 
 
+class LayersSwitched(msgspec.Struct, frozen=True, tag="switched"):
+    """These layers of an order are in force, on all ranks from the same step on; from rank 0."""
+
+    rank: int
+    order: int
+    layers: list[int]
+
+
+class Migrated(msgspec.Struct, frozen=True, tag="migrated"):
+    """An order is over, from each rank.
+
+    result: "applied"; "partial": some layers follow it, the others are as they were; "failed": none does. reason:
+    why not all, "" for applied. Ranks switch layers together, so layers_done (with and without moves) is the same
+    on all. generation, digest: of the placement that this rank follows now. From rank 0 moves and bytes count the
+    layers done on all ranks (slots written; bytes between ranks), from the others they are 0. seconds: from the
+    step in which all ranks had the order; stall_seconds: the part of it that this rank's steps were held up.
+    """
+
+    rank: int
+    order: int
+    result: str
+    reason: str
+    layers_done: int
+    generation: int
+    digest: str
+    moves: int
+    bytes: int
+    seconds: float
+    stall_seconds: float
+
+
 class RankFailed(msgspec.Struct, frozen=True, tag="failed"):
     """The rank is about to exit. time: seconds since the epoch when it failed: the earliest is the cause.
 
@@ -198,7 +262,7 @@ class RankFailed(msgspec.Struct, frozen=True, tag="failed"):
     mistake: bool = False
 
 
-FromRank = RankReady | StepDone | ExpertCounts | RankFailed
+FromRank = RankReady | StepDone | ExpertCounts | LayersSwitched | Migrated | RankFailed
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_rank = msgspec.msgpack.Decoder(ToRank).decode
