@@ -46,6 +46,26 @@ class KVCacheConfig:
 
 
 @dataclass(frozen=True)
+class OnlineConfig:
+    """How the placement follows the traffic; routing holds for a placement that stays, too."""
+
+    window_steps: int = setting(50, "steps whose counts make one window", low=1)
+    windows: int = setting(16, "newest windows that a decision looks at", low=2, high=1024)
+    policy: Literal["auto", "greedy", "fast", "robust", "connected", "hierarchical", "exact"] = setting(
+        "auto", "auto: improve the placement in force; else solve from scratch by this policy"
+    )
+    max_moves_per_layer: int = setting(
+        4, "slots of a layer that one decision may change; 0: routes only", low=0
+    )
+    min_gain: float = setting(0.02, "least relative gain in imbalance that is acted on", low=0, high=0.9)
+    routing: Literal["even", "shares", "step"] = setting(
+        "shares", "how replicas share tokens: evenly, by the placement, or by each step's own load"
+    )
+    max_bytes_per_second: float | None = setting(None, "weights a rank may receive; null: no limit", low=1)
+    survive_rank_loss: bool = setting(False, "keep every expert on two ranks at least")
+
+
+@dataclass(frozen=True)
 class LoadBalancerConfig:
     num_slots: int | None = setting(None, "expert slots over all ranks; null: one an expert", low=1)
     placement: str | None = setting(None, "placement.json with the experts of the slots at start")
@@ -53,6 +73,7 @@ class LoadBalancerConfig:
         None, "experts of the slots by absolute layer id, as in TensorRT-LLM's file"
     )
     layer_updates_per_iter: int = setting(0, "layers migrated a step; 0: the placement stays", low=0)
+    online: OnlineConfig = section(OnlineConfig)
 
 
 @dataclass(frozen=True)
@@ -100,6 +121,9 @@ class EngineConfig:
     )
     request_timeout: float | None = setting(None, "seconds a request may take; null: no limit", low=0.001)
     drain_timeout: float = setting(60.0, "seconds that running requests get after SIGTERM", low=0)
+    record_stats: str | None = setting(
+        None, "folder to keep a record of the expert load in, which eplb-offline reads"
+    )
     metrics_compat: Literal["vllm", "sglang", "none"] = setting("vllm", "whose metric names to add")
     num_threads: int | None = setting(None, "CPU threads a rank; null: the cores shared out", low=1)
 

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from moeserve.comm.layout import ParallelLayout
-from moeserve.config import AttentionDPConfig, EngineConfig, LoadBalancerConfig
+from moeserve.config import AttentionDPConfig, EngineConfig, LoadBalancerConfig, OnlineConfig
 from moeserve.device import free_memory
 from moeserve.eplb.formats.placement import read_placement
 from moeserve.eplb.types import Placement, Topology
@@ -24,6 +24,7 @@ from moeserve.models.sharding import check_layout
 from moeserve.models.spec import ModelSpec
 
 GIB = 1024**3
+PREFIX = "moe_config.load_balancer"
 RANKS_PER_CORE = 16  # local CPU ranks beyond this only wait for one another
 
 
@@ -232,18 +233,12 @@ def plan_placement(
     balancer: LoadBalancerConfig, spec: ModelSpec, layout: ParallelLayout, model_name: str
 ) -> tuple[int | None, Placement | None]:
     """Slots over all ranks and the expert in each; slots default to the experts, rounded up to a multiple of ep."""
-    prefix = "moe_config.load_balancer"
     if spec.moe is None:
         if balancer != LoadBalancerConfig():
-            raise ValueError(f"{prefix}: {spec.architecture} has no experts to place; leave it out")
+            raise ValueError(f"{PREFIX}: {spec.architecture} has no experts to place; leave it out")
         return None, None
-    if balancer.layer_updates_per_iter:
-        raise ValueError(
-            f"{prefix}.layer_updates_per_iter = {balancer.layer_updates_per_iter}: online balancing is not in "
-            "this version; set 0 for a placement that stays"
-        )
     if balancer.placement is not None and balancer.initial_global_assignments is not None:
-        raise ValueError(f"{prefix}: give placement or initial_global_assignments, not both")
+        raise ValueError(f"{PREFIX}: give placement or initial_global_assignments, not both")
     experts, ep = spec.moe.num_experts, layout.ep
     placement = _given_placement(balancer, spec, ep, model_name)
     num_slots = balancer.num_slots
@@ -252,15 +247,57 @@ def plan_placement(
     if num_slots < experts or num_slots % ep:
         least = -(-max(num_slots, experts) // ep) * ep
         raise ValueError(
-            f"{prefix}.num_slots = {num_slots}: must be at least {experts} (the experts) and a multiple of "
+            f"{PREFIX}.num_slots = {num_slots}: must be at least {experts} (the experts) and a multiple of "
             f"{ep} (the expert-parallel groups), such as {least}"
         )
     if placement is None:
         placement = Placement.identity(len(spec.moe_layers), experts, num_slots)
     elif placement.num_slots != num_slots:
-        raise ValueError(f"{prefix}.num_slots = {num_slots}: the placement has {placement.num_slots} slots")
-    placement.check(Topology.of(ep, num_slots))
+        raise ValueError(f"{PREFIX}.num_slots = {num_slots}: the placement has {placement.num_slots} slots")
+    topology = Topology.of(ep, num_slots)
+    placement.check(topology)
+    check_online(balancer, placement, topology)
+    if balancer.online.routing == "even":
+        placement = Placement(placement.slot_to_expert, experts, placement.generation)
     return num_slots, placement
+
+
+def check_online(balancer: LoadBalancerConfig, placement: Placement, topology: Topology) -> None:
+    """Raise ValueError for settings of online balancing that these slots and ranks cannot honour."""
+    online, given = balancer.online, f"{PREFIX}.layer_updates_per_iter = {balancer.layer_updates_per_iter}"
+    if not balancer.layer_updates_per_iter:
+        defaults = OnlineConfig(routing=online.routing)
+        for name in (spec.name for spec in fields(online)):
+            if (value := getattr(online, name)) != getattr(defaults, name):
+                raise ValueError(
+                    f"{PREFIX}.online.{name} = {value}: has no effect while layer_updates_per_iter = 0; set that to "
+                    "1 or more, or leave this out"
+                )
+        return
+    if topology.num_ranks == 1:
+        raise ValueError(
+            f"{given}: one expert-parallel rank holds all experts, there is nothing to balance; raise "
+            "moe_expert_parallel_size or set 0"
+        )
+    moves, redundant = online.max_moves_per_layer, topology.num_slots - placement.num_experts
+    if online.policy != "auto" and moves != OnlineConfig().max_moves_per_layer:
+        raise ValueError(
+            f"{PREFIX}.online.max_moves_per_layer = {moves}: policy = {online.policy} solves from scratch and may "
+            "change every slot; use policy auto or leave this out"
+        )
+    if moves == 0 and (redundant == 0 or online.routing != "shares"):
+        lost = f"num_slots = {topology.num_slots}" if redundant == 0 else f"routing = {online.routing}"
+        raise ValueError(
+            f"{PREFIX}.online.max_moves_per_layer = 0: with {lost} there are no shares to change either; "
+            "allow a move or set layer_updates_per_iter = 0"
+        )
+    if online.survive_rank_loss and not placement.survives_rank_loss(topology):
+        wanted = -(-2 * placement.num_experts // topology.num_ranks) * topology.num_ranks
+        what = f"num_slots = {wanted}" if topology.num_slots < wanted else "a placement without that"
+        raise ValueError(
+            f"{PREFIX}.online.survive_rank_loss = True: the placement at start keeps some experts on one rank only; "
+            f"give {what}"
+        )
 
 
 def _given_placement(
@@ -320,6 +357,7 @@ def describe(plan: EnginePlan, memory_bytes: int | None = None) -> str:
             "slots": f"{plan.num_slots} for {plan.spec.moe.num_experts} experts ({redundant} redundant), "
             f"{plan.num_slots // layout.ep} a rank, in {len(plan.spec.moe_layers)} MoE layers",
             "placement": f"generation {plan.placement.generation}, digest {plan.placement.digest[:16]}",
+            "balancing": describe_balancing(plan.config.moe_config.load_balancer, redundant),
         }
     for part in ("embedding", "attention", "dense", "router", "experts", "shared", "norms", "weights"):
         lines[f"memory: {part}"] = f"{getattr(sizes, part) / GIB:10.4f} GiB a rank"
@@ -332,6 +370,21 @@ def describe(plan: EnginePlan, memory_bytes: int | None = None) -> str:
     )
     width = max(map(len, lines))
     return "\n".join(f"{name:<{width}}  {text}" for name, text in lines.items())
+
+
+def describe_balancing(balancer: LoadBalancerConfig, redundant: int) -> str:
+    """What happens to the placement while the engine serves, in words."""
+    online, steps = balancer.online, balancer.layer_updates_per_iter
+    if not steps:
+        return f"the placement stays; routing {online.routing}"
+    moves = f"up to {online.max_moves_per_layer} moves a layer" if online.policy == "auto" else "any moves"
+    text = (
+        f"online: windows of {online.window_steps} steps, policy {online.policy}, {moves}, {steps} layers a step, "
+        f"routing {online.routing}"
+    )
+    if not redundant:
+        text += "; no redundant slot: experts can only change places, and no expert's tokens can be split"
+    return text
 
 
 def _capacity(plan: EnginePlan, memory_bytes: int, weights: int) -> str:

@@ -3,13 +3,18 @@
 import argparse
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
 from moeserve.config import EngineConfig, add_model_and_flags, parse, parse_arguments
+from moeserve.eplb.formats.placement import PlacementFile, write_placement
+from moeserve.eplb.types import Placement
 from moeserve.plan import check_local_ranks, describe, make_plan
 from moeserve.serving import api_keys, server_settings
 
+LAYERS = "--moe-config.load-balancer.layer-updates-per-iter"
+ONLINE = "--moe-config.load-balancer.online"
 BAD_SETTINGS = [  # command line, and what the answer must name
     (["--tensor-parallel-size", "0"], "tensor_parallel_size = 0: must be at least 1"),
     (["--tensor-parallel-size", "-4"], "tensor_parallel_size = -4"),
@@ -61,9 +66,29 @@ BAD_SETTINGS = [  # command line, and what the answer must name
     (["--moe-config.all-to-all", "gather"], "moe_config.all_to_all = gather: there are no experts on"),
     (["--moe-config.load-balancer.num-slots", "31"], "num_slots = 31: must be at least 32"),
     (["--tp-size", "4", "--moe-config.load-balancer.num-slots", "33"], "num_slots = 33"),
+    ([LAYERS, "2"], "layer_updates_per_iter = 2: one expert-parallel rank holds all experts"),
+    ([LAYERS, "-1"], "layer_updates_per_iter = -1: must be at least 0"),
     (
-        ["--moe-config.load-balancer.layer-updates-per-iter", "2"],
-        "layer_updates_per_iter = 2: online balancing",
+        [f"{ONLINE}.window-steps", "20"],
+        "online.window_steps = 20: has no effect while layer_updates_per_iter",
+    ),
+    ([f"{ONLINE}.survive-rank-loss"], "online.survive_rank_loss = True: has no effect"),
+    ([f"{ONLINE}.windows", "1"], "online.windows = 1: must be from 2"),
+    ([f"{ONLINE}.min-gain", "1"], "online.min_gain = 1.0: must be from 0 to 0.9"),
+    ([f"{ONLINE}.policy", "best"], "online.policy = 'best': must be one of auto, greedy"),
+    ([f"{ONLINE}.routing", "random"], "online.routing = 'random': must be one of even, shares, step"),
+    ([f"{ONLINE}.max-bytes-per-second", "0"], "online.max_bytes_per_second = 0.0: must be at least 1"),
+    (
+        ["--tp-size", "4", LAYERS, "1", f"{ONLINE}.policy", "greedy", f"{ONLINE}.max-moves-per-layer", "2"],
+        "max_moves_per_layer = 2: policy = greedy solves from scratch",
+    ),
+    (
+        ["--tp-size", "4", LAYERS, "1", f"{ONLINE}.max-moves-per-layer", "0"],
+        "max_moves_per_layer = 0: with num_slots = 32 there are no shares",
+    ),
+    (
+        ["--tp-size", "4", LAYERS, "1", f"{ONLINE}.survive-rank-loss"],
+        "survive_rank_loss = True: the placement at start keeps some experts on one rank only; give num_slots = 64",
     ),
     (["--moe-config.load-balancer.placement", "missing.json"], "missing.json"),
     (["--moe-config.load-balancer.initial-global-assignments", "[1, 2]"], "must map layer ids"),
@@ -152,6 +177,33 @@ def test_the_public_fingerprint_does_not_depend_on_the_key() -> None:
     assert settings[0].config_hash == settings[1].config_hash
 
 
+def test_online_balancing_is_told_what_it_can_do() -> None:
+    ranks = ["--device", "cpu", "--tp-size", "4"]
+    slots = ["--moe-config.load-balancer.num-slots"]
+    assert "the placement stays; routing step" in describe(
+        make_plan(parse_arguments([*ranks, f"{ONLINE}.routing", "step"]))
+    )
+    swaps = describe(make_plan(parse_arguments([*ranks, LAYERS, "2"])))
+    assert "up to 4 moves a layer, 2 layers a step" in swaps and "experts can only change places" in swaps
+    spare = describe(make_plan(parse_arguments([*ranks, *slots, "36", LAYERS, "2"])))
+    assert "online: windows of 50 steps" in spare and "change places" not in spare
+    make_plan(parse_arguments([*ranks, *slots, "64", LAYERS, "1", f"{ONLINE}.survive-rank-loss"]))
+
+
+def test_even_routing_takes_the_shares_from_a_given_placement(tmp_path: Path) -> None:
+    slots = np.tile(np.r_[np.arange(32), 0, 1], (4, 1))
+    share = np.where(slots < 2, 0.5, 1.0)
+    share[:, [0, 32]] = [0.25, 0.75]
+    file = tmp_path / "placement.json"
+    write_placement(file, PlacementFile(Placement(slots, 32, 3, share), 2, (1, 2, 3, 4)))
+    arguments = ["--device", "cpu", "--tp-size", "2", "--moe-config.load-balancer.placement", str(file)]
+    given = make_plan(parse_arguments(arguments)).placement
+    even = make_plan(parse_arguments([*arguments, f"{ONLINE}.routing", "even"])).placement
+    assert given is not None and even is not None
+    assert np.array_equal(given.share, share) and np.array_equal(even.share, even.even_share)
+    assert even.generation == 3 and np.array_equal(even.slot_to_expert, slots)
+
+
 def test_a_cache_beyond_the_memory_is_refused_before_it_is_filled() -> None:
     plan = make_plan(parse_arguments(["--device", "cpu", "--kv-cache-config.max-tokens", "1000000000"]))
     with pytest.raises(
@@ -184,7 +236,12 @@ max_seq_len: null
 enable_chunked_prefill: true
 attention_dp_config: {enable_balance: true, timeout_iters: 50, batching_wait_iters: 10}
 kv_cache_config: {free_gpu_memory_fraction: 0.9, tokens_per_block: 32, enable_block_reuse: true, max_tokens: null}
-moe_config: {all_to_all: auto, load_balancer: {num_slots: 40}}
+moe_config:
+  all_to_all: auto
+  load_balancer:
+    num_slots: 40
+    layer_updates_per_iter: 2
+    online: {window_steps: 50, windows: 16, policy: auto, max_moves_per_layer: 4, min_gain: 0.02, routing: shares}
 host: 127.0.0.1
 port: 8000
 api_key: null
