@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
@@ -47,14 +47,18 @@ class ExpertBalance:
         model: str,
         top_k: int,
         expert_groups: int,
+        expert_bytes: int = 0,
     ):
-        """layers: absolute ids of the MoE layers."""
+        """layers: absolute ids of the MoE layers. expert_bytes: of one expert's weights in one layer on a rank, 0
+        where unknown."""
         self.placement = placement
         self.topology = topology
         self.layers = tuple(layers)
         self.model = model
         self.top_k = top_k
         self.expert_groups = expert_groups
+        self.expert_bytes = expert_bytes
+        self.listeners: list[Callable[[int, LoadWindow], None]] = []  # told of each rank's reports
         self.ring = LoadRing()
         self.generations: dict[int, int] = {}  # of the placement, by rank
         self._is_even = bool(np.allclose(placement.share, placement.even_share, atol=1e-6))
@@ -69,6 +73,8 @@ class ExpertBalance:
         start = message.step - message.steps
         report = LoadWindow(start, message.step, now - message.seconds, now, message.tokens, counts)
         self.ring.add(message.rank, report)
+        for listener in self.listeners:
+            listener(message.rank, report)
         self._tell(now)
 
     def imbalance(self, seconds: float = RECENT_SECONDS) -> dict[Phase, Imbalance]:
@@ -101,8 +107,12 @@ class ExpertBalance:
         windows = self.ring.windows
         return self.load_of(windows) if windows else None
 
-    def load_of(self, kept: Sequence[LoadWindow]) -> ExpertLoad:
-        """One window or more as stats.json has them, each phase by itself. May run in another thread."""
+    def load_of(self, kept: Sequence[LoadWindow], placement: Placement | None = None) -> ExpertLoad:
+        """One window or more as stats.json has them, each phase by itself. May run in another thread.
+
+        placement: that they met, the one in force if not given.
+        """
+        placement = placement or self.placement
         loads: list[Counts] = []
         windows: list[Window] = []
         for window in kept:
@@ -119,13 +129,8 @@ class ExpertBalance:
             top_k=self.top_k,
             expert_groups=self.expert_groups,
             ep_size=self.topology.num_ranks,
-            placement=None if self._is_identity else self.placement,
+            placement=None if _is_identity(placement) else placement,
         )
-
-    @property
-    def _is_identity(self) -> bool:
-        shape = (self.placement.num_layers, self.placement.num_experts, self.placement.num_slots)
-        return Placement.identity(*shape).digest == self.placement.digest
 
     def placement_text(self) -> str:
         """placement.json of the placement in force."""
@@ -176,3 +181,8 @@ class ExpertBalance:
                 "%s: busiest rank carries %.2fx the mean (max/mean rank load, mean of %d layers, last %.0f s)",
                 *(phase, found.mean, len(self.layers), RECENT_SECONDS),
             )
+
+
+def _is_identity(placement: Placement) -> bool:
+    shape = (placement.num_layers, placement.num_experts, placement.num_slots)
+    return Placement.identity(*shape).digest == placement.digest

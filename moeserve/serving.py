@@ -13,6 +13,7 @@ from pathlib import Path
 
 from moeserve.eplb.types import Topology
 from moeserve.expert_balance import ExpertBalance
+from moeserve.expert_recorder import ExpertRecorder
 from moeserve.launch import RankPlace, RankSet
 from moeserve.plan import EnginePlan
 from moeserve.server.frontend import Frontend
@@ -69,6 +70,7 @@ def expert_balance(plan: EnginePlan) -> ExpertBalance | None:
     if plan.placement is None or plan.spec.moe is None:
         return None
     routing = plan.spec.moe.routing
+    held = plan.placement.num_slots // plan.layout.ep * plan.placement.num_layers
     return ExpertBalance(
         plan.placement,
         Topology.of(plan.layout.ep, plan.placement.num_slots),
@@ -76,7 +78,20 @@ def expert_balance(plan: EnginePlan) -> ExpertBalance | None:
         model=plan.model_name,
         top_k=routing.top_k,
         expert_groups=routing.num_groups,
+        expert_bytes=plan.weight_bytes().experts // held,
     )
+
+
+def expert_recorder(plan: EnginePlan, balance: ExpertBalance | None) -> ExpertRecorder | None:
+    """What keeps the counts on disk, None unless asked for. Raises ValueError naming record_stats."""
+    folder = plan.config.record_stats
+    if folder is None:
+        return None
+    if balance is None:
+        raise ValueError(
+            f"record_stats = {folder!r}: {plan.model_name} has no experts to count; leave it out"
+        )
+    return ExpertRecorder(balance, Path(folder))
 
 
 @contextlib.asynccontextmanager
@@ -87,8 +102,10 @@ async def running_engine(
 
     Raises as RankSet.raise_failure, after the body is done, when the engine died.
     """
+    balance = expert_balance(plan)
+    recorder = expert_recorder(plan, balance)
     ranks = RankSet(plan, place)
-    frontend = Frontend(ranks, tokenizer, settings, expert_balance(plan))
+    frontend = Frontend(ranks, tokenizer, settings, balance)
     ranks.start()
     carrying = asyncio.create_task(frontend.run(), name="frontend")
     try:
@@ -99,6 +116,8 @@ async def running_engine(
         with contextlib.suppress(asyncio.CancelledError):
             await carrying
         await ranks.stop()
+        if recorder is not None:
+            await asyncio.to_thread(recorder.close)
     ranks.raise_failure()
 
 

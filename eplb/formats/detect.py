@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from moeserve.eplb.formats import routed, sglang_stats, stats, trtllm_stats, vllm
+from moeserve.eplb.formats import recording, routed, sglang_stats, stats, trtllm_stats, vllm
 from moeserve.eplb.formats.arrays import NPY, ZIP, npz_arrays, parse_npy, zip_members
 from moeserve.eplb.formats.files import mapping, named, parse_json, read_bytes
 from moeserve.eplb.formats.torch_pickle import is_torch, parse_torch
@@ -22,6 +22,8 @@ def read_load(path: str | Path, raw_shape: tuple[int, int] | None = None) -> Exp
 
 def _read(path: Path, raw_shape: tuple[int, int] | None) -> ExpertLoad:
     if path.is_dir():
+        if recording.is_recording(path):
+            return recording.read_folder(path, lambda file: _read(file, None))
         return trtllm_stats.read_folder(path)
     data = read_bytes(path)
     if not data.strip():
@@ -41,7 +43,7 @@ def _read(path: Path, raw_shape: tuple[int, int] | None) -> ExpertLoad:
         raise ValueError("a bare pickle, as torch before 1.6 wrote: save it again with torch.save of today")
     if data.lstrip()[:1] not in (b"{", b"["):
         raise ValueError("expert load of no known engine; raw int32 expert ids need --raw-shape LAYERS,TOP_K")
-    document = mapping(parse_json(data))
+    document = mapping(parse_json(recording.complete(data)))
     if "format" not in document and "logical_count" in document:
         return sglang_stats.parse_dump(document)
     return stats.parse_stats(document)

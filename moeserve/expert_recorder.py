@@ -1,0 +1,67 @@
+"""Keeps what the ranks count on disk while the engine runs, in a thread: no request waits for the disk."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from pathlib import Path
+
+from moeserve.eplb.formats.stats import stats_document
+from moeserve.eplb.types import Placement
+from moeserve.expert_balance import ExpertBalance
+from moeserve.stats.snapshot import PAUSE_SECONDS, LoadWindow
+from moeserve.stats.trace import TraceWriter
+
+log = logging.getLogger(__name__)
+
+
+class ExpertRecorder:
+    """Writes the reports of an ExpertBalance to a folder until close. A disk that fails ends the record, not the
+    engine."""
+
+    def __init__(self, balance: ExpertBalance, folder: Path, writer: TraceWriter | None = None) -> None:
+        """Raises ValueError where the folder cannot be written."""
+        try:
+            self._writer = writer or TraceWriter(folder)
+        except OSError as error:
+            raise ValueError(
+                f"record_stats = {str(folder)!r}: {error.strerror}; name a folder that can be written"
+            ) from None
+        self._balance = balance
+        self._queue: queue.SimpleQueue[tuple[Placement, LoadWindow] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._write, name="expert-recorder", daemon=True)
+        self._thread.start()
+        balance.listeners.append(self._listen)
+
+    def _listen(self, rank: int, report: LoadWindow) -> None:
+        if any(report.tokens) and self._thread.is_alive():
+            self._queue.put((self._balance.placement, report))
+
+    def close(self) -> None:
+        """What was counted is on the disk afterwards."""
+        self._queue.put(None)
+        self._thread.join()
+
+    def _write(self) -> None:
+        try:
+            self._carry()
+            self._writer.close()
+        except OSError as error:
+            log.error("the record of the expert load ends here: %s", error)
+
+    def _carry(self) -> None:
+        placement: Placement | None = None
+        while True:
+            try:
+                item = self._queue.get(timeout=PAUSE_SECONDS)
+            except queue.Empty:
+                self._writer.flush()  # no traffic: nothing is kept from the disk
+                continue
+            if item is None:
+                return
+            if placement is None or placement.digest != item[0].digest:
+                placement = item[0]
+                # a file has one placement
+                self._writer.begin(stats_document(self._balance.load_of([item[1]], placement)))
+            self._writer.add(item[1])
