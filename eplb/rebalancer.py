@@ -90,7 +90,9 @@ class Settings:
 @dataclass(frozen=True)
 class Decision:
     """plan: None to leave things as they are. before and predicted: imbalance (max/mean rank load, mean over
-    layers and remembered windows) of the current and the proposed placement under the engine's routing."""
+    layers and remembered windows) of the current and the proposed placement under the engine's routing. gain_seconds
+    and cost_seconds: of the moves alone. routes: for a plan with moves, one without any to begin with: the shares
+    that are best while the weights travel; None where that brings nothing."""
 
     plan: MigrationPlan | None
     reason: str
@@ -100,6 +102,7 @@ class Decision:
     traffic: Traffic | None = None
     gain_seconds: float | None = None
     cost_seconds: float | None = None
+    routes: MigrationPlan | None = None
 
 
 class Rebalancer:
@@ -110,12 +113,15 @@ class Rebalancer:
         self.placement, self.topology, self.settings = placement, topology, settings or Settings()
         self.windows: deque[npt.NDArray[np.int64]] = deque(maxlen=self.settings.windows)
 
-    def observe(self, load: npt.ArrayLike) -> None:
-        """A window's routed counts [L, E]; one without any load is passed over."""
+    def observe(self, load: npt.ArrayLike, forget: bool = False) -> None:
+        """A window's routed counts [L, E]; one without any load is passed over. forget: the windows before it no
+        longer count, as they are of other work."""
         counts = check_counts(load, "load")
         shape = (self.placement.num_layers, self.placement.num_experts)
         if counts.shape != shape:
             raise ValueError(f"the window has shape {counts.shape}, expected [layers, experts] = {shape}")
+        if forget:
+            self.windows.clear()
         if counts.any():
             self.windows.append(counts)
 
@@ -124,38 +130,64 @@ class Rebalancer:
         placement.check(self.topology)
         self.placement = placement
 
-    def decide(self) -> Decision:
-        """Whether to move now, and what; does not change the state."""
-        if len(self.windows) < self.settings.min_windows:
-            return Decision(
-                None, f"{len(self.windows)} of {self.settings.min_windows} windows observed", 1.0, 1.0
-            )
+    def decide(self, costs: Costs | None = None, force: bool = False) -> Decision:
+        """Whether to move now, and what; does not change the state.
+
+        costs: as they were measured, in place of the settings'. force: act on any gain, whatever it costs.
+        """
+        wanted = 1 if force else self.settings.min_windows
+        if len(self.windows) < wanted:
+            return Decision(None, f"{len(self.windows)} of {wanted} windows observed", 1.0, 1.0)
         windows = np.stack(self.windows)
         before = self._imbalance(windows, self.placement)
-        least = self.settings.min_gain
+        least = 0.0 if force else self.settings.min_gain
         if self.settings.policy == "auto":
-            proposed, after, least = self._improve(windows, before)
+            proposed, after, least = self._improve(windows, before, least)
         else:
             proposed = self._solve(windows)
             after = self._imbalance(windows, proposed)
-        was, now = float(before.mean()), float(after.mean())
-        if proposed.digest == self.placement.digest:
-            return Decision(None, "no layer gains enough", was, was)
-        gain = (was - now) / was
-        if gain < least:
-            return Decision(None, f"gain {gain:.2%} is below min_gain {least:.2%}", was, now)
-        plan = plan_migration(self.placement, proposed, self.topology)
-        moved = traffic(plan, self.topology)
-        gain_seconds, cost_seconds = self._weigh(gain, moved)
-        found = Decision(
-            plan, f"gain {gain:.2%}", was, now, plan.num_moves, moved, gain_seconds, cost_seconds
-        )
-        if gain_seconds is not None and cost_seconds is not None and cost_seconds >= gain_seconds:
-            reason = f"moves cost {cost_seconds:.3g} s, the gain of {gain:.2%} is worth {gain_seconds:.3g} s"
-            return replace(found, plan=None, reason=reason)
-        return found
+        routes, free = self._routes(windows, before, least / 2)
+        was, now, there = float(before.mean()), float(after.mean()), float(free.mean())
+        gain, reason = (was - now) / was, "no layer gains enough"
+        moving = self._plan(proposed)
+        if moving is not None and moving.num_moves:
+            moved = traffic(moving, self.topology)
+            own = min(gain, (there - now) / was)  # what the moves bring beyond new shares, which cost nothing
+            worth, cost = _weigh(costs or self.settings.costs, own, moved)
+            found = Decision(
+                moving, f"gain {gain:.2%}", was, now, moving.num_moves, moved, worth, cost, self._plan(routes)
+            )
+            dear = worth is not None and cost is not None and cost >= worth
+            if own >= least and own > 0 and (force or not dear):
+                return found
+            reason = f"the moves' gain of {own:.2%} is below min_gain {least:.2%}"
+            if own >= least and dear:
+                reason = f"moves cost {cost:.3g} s, their gain of {own:.2%} is worth {worth:.3g} s"
+                if routes.digest == self.placement.digest:
+                    return replace(found, plan=None, reason=reason, routes=None)
+        if (gain := (was - there) / was) >= least and gain > 0:
+            return Decision(self._plan(routes), f"gain {gain:.2%} by shares alone", was, there)
+        return Decision(None, reason, was, min(was, now))
 
-    def _improve(self, windows: npt.NDArray[np.int64], before: Floats) -> tuple[Placement, Floats, float]:
+    def _plan(self, proposed: Placement) -> MigrationPlan | None:
+        """None where it is what is in force."""
+        if proposed.digest == self.placement.digest:
+            return None
+        return plan_migration(self.placement, proposed, self.topology)
+
+    def _routes(
+        self, windows: npt.NDArray[np.int64], before: Floats, least: float
+    ) -> tuple[Placement, Floats]:
+        """The slots in force under the best shares, and its imbalance [L]; what costs no move."""
+        current = self.placement
+        if self.settings.routing != "shares" or current.num_slots == current.num_experts:
+            return current, before
+        found = self._placement(current.slot_to_expert, windows)
+        return self._worthwhile_layers(before, found, self._imbalance(windows, found), least)
+
+    def _improve(
+        self, windows: npt.NDArray[np.int64], before: Floats, min_gain: float
+    ) -> tuple[Placement, Floats, float]:
         """(a placement within max_moves_per_layer, its imbalance [L], the least gain to act on)."""
         s, current = self.settings, self.placement
         problem = Problem.of(
@@ -172,11 +204,11 @@ class Rebalancer:
             slots = improve_even(problem, current, s.max_moves_per_layer)
         found = self._placement(slots, windows)
         after = self._imbalance(windows, found)
-        kept, then = self._worthwhile_layers(before, found, after, s.min_gain / 2)
+        kept, then = self._worthwhile_layers(before, found, after, min_gain / 2)
         was = float(before.mean())
-        if float(then.mean()) <= was * (1 - s.min_gain) or not self._far_off(problem, windows, was):
-            return kept, then, s.min_gain
-        least = s.min_gain / _DECISIONS
+        if float(then.mean()) <= was * (1 - min_gain) or not self._far_off(problem, windows, was):
+            return kept, then, min_gain
+        least = min_gain / _DECISIONS
         return *self._worthwhile_layers(before, found, after, least / 2), least
 
     def _far_off(self, problem: Problem, windows: npt.NDArray[np.int64], now: float) -> bool:
@@ -219,10 +251,11 @@ class Rebalancer:
         by_layer: Floats = imbalance(ranks).mean(axis=0)
         return by_layer
 
-    def _weigh(self, gain: float, moved: Traffic) -> tuple[float | None, float | None]:
-        costs = self.settings.costs
-        if costs is None:
-            return None, None
-        worth = gain * costs.moe_part * costs.step_seconds * costs.horizon_steps
-        transfer = max(moved.most_received, moved.most_sent) * costs.expert_bytes / costs.bytes_per_second
-        return worth, transfer * costs.stall_part
+
+def _weigh(costs: Costs | None, gain: float, moved: Traffic) -> tuple[float | None, float | None]:
+    """(what a relative gain is worth, what the moves cost), in seconds."""
+    if costs is None:
+        return None, None
+    worth = gain * costs.moe_part * costs.step_seconds * costs.horizon_steps
+    transfer = max(moved.most_received, moved.most_sent) * costs.expert_bytes / costs.bytes_per_second
+    return worth, transfer * costs.stall_part

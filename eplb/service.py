@@ -23,7 +23,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from moeserve.eplb.rebalancer import Decision, Rebalancer, Settings
+from moeserve.eplb.rebalancer import Costs, Decision, Rebalancer, Settings
 from moeserve.eplb.types import Placement, Topology
 
 logger = logging.getLogger(__name__)
@@ -44,6 +44,7 @@ class Start:
 @dataclass(frozen=True)
 class Observe:
     load: npt.NDArray[np.int64]
+    forget: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ class Applied:
 @dataclass(frozen=True)
 class Decide:
     number: int
+    costs: Costs | None = None
+    force: bool = False
 
 
 @dataclass(frozen=True)
@@ -119,18 +122,21 @@ class RebalanceService:
         """Of the solver's process, None before it is up."""
         return None if self._solver is None else self._solver.process.pid
 
-    def observe(self, load: npt.NDArray[np.int64]) -> None:
-        """A window's routed counts [L, E]."""
-        self._todo.put(Observe(np.array(load, np.int64)))
+    def observe(self, load: npt.NDArray[np.int64], forget: bool = False) -> None:
+        """A window's routed counts [L, E]; forget: the windows before it no longer count."""
+        self._todo.put(Observe(np.array(load, np.int64), forget))
 
     def applied(self, placement: Placement) -> None:
         """The placement that is in force from now on."""
         self._todo.put(Applied(placement))
 
-    def request(self) -> None:
-        """Ask for a decision; poll will have the answer."""
+    def request(self, costs: Costs | None = None, force: bool = False) -> None:
+        """Ask for a decision, at these costs instead of those of the settings; poll will have the answer.
+
+        force: however little it brings.
+        """
         self._pending += 1
-        self._todo.put(Decide(self._pending))
+        self._todo.put(Decide(self._pending, costs, force))
 
     def poll(self) -> Answer | None:
         """The next answer, None while there is none."""
@@ -154,6 +160,8 @@ class RebalanceService:
     def _carry(self) -> None:
         while (message := self._todo.get()) is not None:
             if isinstance(message, Observe):
+                if message.forget:
+                    self._windows.clear()
                 self._windows.append(message.load)
             elif isinstance(message, Applied):
                 self._placement = message.placement
@@ -249,13 +257,13 @@ def serve(receive: Connection, send: Connection) -> None:
             continue
         assert rebalancer is not None
         if isinstance(message, Observe):
-            rebalancer.observe(message.load)
+            rebalancer.observe(message.load, message.forget)
         elif isinstance(message, Applied):
             rebalancer.applied(message.placement)
         else:
             start = time.perf_counter()
             try:
-                decision = rebalancer.decide()
+                decision = rebalancer.decide(message.costs, message.force)
             except Exception:
                 send.send(Failed(message.number, traceback.format_exc(limit=5)))
             else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -91,6 +92,36 @@ def test_moves_that_cost_more_than_they_bring_are_left() -> None:
         assert decision.cost_seconds is not None
         if not moves:
             assert "moves cost" in decision.reason
+
+
+def test_shares_cost_nothing_and_come_before_moves() -> None:
+    """Where moves do not pay, new shares are taken; where they do, shares for the slots as they are go first."""
+    windows = _windows("steady", 4)
+    start = solve(_windows("drift", 4, seed=5), TOPOLOGY, policy="greedy", routing="even")
+    dear = Costs(expert_bytes=10**9, bytes_per_second=1e6, step_seconds=1e-3)
+    cheap = Costs(expert_bytes=1, bytes_per_second=1e9, step_seconds=1e-3)
+    rebalancer = Rebalancer(start, TOPOLOGY, Settings(min_gain=0.01))
+    for window in windows:
+        rebalancer.observe(window)
+    routes = rebalancer.decide(dear)
+    assert routes.plan is not None and routes.plan.num_moves == 0 and routes.predicted < routes.before
+    assert np.array_equal(routes.plan.new.slot_to_expert, start.slot_to_expert)
+    both = rebalancer.decide(cheap)
+    assert both.plan is not None and both.plan.num_moves > 0 and both.predicted < routes.predicted
+    assert both.routes is not None and both.routes.new.digest == routes.plan.new.digest
+    assert apply_plan(
+        both.routes.new, replace(both.plan, old_digest=both.routes.new.digest, old_generation=1)
+    )
+    assert rebalancer.decide(dear, force=True).moves > 0
+
+
+def test_forgets_what_it_is_told_to_and_decides_at_once_when_forced() -> None:
+    windows = _windows("steady", 3)
+    rebalancer = Rebalancer(Placement.identity(4, 64, 72), TOPOLOGY)
+    rebalancer.observe(windows[0])
+    rebalancer.observe(windows[1], forget=True)
+    assert "1 of 2 windows" in rebalancer.decide().reason
+    assert rebalancer.decide(force=True).plan is not None
 
 
 def test_says_why_it_waits() -> None:
