@@ -1,4 +1,4 @@
-"""The `moeserve` command: serve, generate, plan, bench, dashboard. Exit codes: 0 done, 1 the engine failed,
+"""The `moeserve` command: serve, generate, plan, bench, record, dashboard. Exit codes: 0 done, 1 the engine failed,
 2 bad settings, 130 Ctrl-C (before `serve` answers; then it drains)."""
 
 from __future__ import annotations
@@ -169,6 +169,63 @@ def bench(flags: argparse.Namespace) -> int:
     return 0
 
 
+def add_record(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--url", required=True, help="server to ask: moeserve, vLLM or SGLang")
+    parser.add_argument(
+        "--requests",
+        required=True,
+        metavar="FILE",
+        help="a request a line: JSON body, entry of an OpenAI batch file, or plain text",
+    )
+    parser.add_argument("-o", "--output", required=True, metavar="FILE", help="stats.json, .json.gz or .npz")
+    parser.add_argument("--concurrency", type=int, default=8, help="requests at once (default: %(default)s)")
+    parser.add_argument(
+        "--max-tokens", type=int, default=64, help="of requests that do not say (default: %(default)s)"
+    )
+    parser.add_argument("--num-experts", type=int, help="of a layer (default: the highest id seen)")
+    parser.add_argument("--top-k", type=int, help="experts a token; SGLang's answers do not say it")
+    parser.add_argument("--ep-size", type=int, help="ranks to write down (default: what the server says)")
+    parser.add_argument(
+        "--timeout", type=float, default=600.0, help="seconds an answer may take (default: %(default)g)"
+    )
+    parser.add_argument("--api-key")
+
+
+def record(flags: argparse.Namespace) -> int:
+    """Send requests to any engine that returns routed experts, and write the expert load of its answers."""
+    from pathlib import Path
+
+    from moeserve.eplb.formats.stats import write_stats
+    from moeserve.eplb.table import progress
+    from moeserve.record import Server, read_requests, record
+
+    for name in ("concurrency", "max_tokens", "num_experts", "top_k", "ep_size", "timeout"):
+        value = getattr(flags, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"{name} = {value}: must be above 0")
+    output = Path(flags.output)
+    if not output.parent.is_dir():
+        raise ValueError(f"output = {flags.output}: there is no folder {output.parent}")
+    requests = read_requests(Path(flags.requests), flags.max_tokens)
+    found = record(
+        Server(flags.url, flags.api_key, flags.timeout), requests, concurrency=flags.concurrency,
+        num_experts=flags.num_experts, top_k=flags.top_k, ep_size=flags.ep_size,
+        watch=lambda answers, total: progress(answers, total, "requests"),
+    )  # fmt: skip
+    assert found.load is not None
+    write_stats(output, found.load)
+    load = found.load
+    print(
+        f"{flags.output}: {found.answers} answers, {found.tokens} tokens, {load.num_layers} MoE layers of "
+        f"{load.num_experts} experts"
+    )
+    for failure in found.failures[:5]:
+        print(f"moeserve: not recorded: {failure}", file=sys.stderr)
+    if found.failures:
+        raise RuntimeError(f"{len(found.failures)} of {len(requests)} requests are not in {flags.output}")
+    return 0
+
+
 def add_dashboard(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("stats", metavar="STATS", help="file or folder of expert load, of any engine")
     parser.add_argument("--ep-size", type=int, metavar="N", help="ranks (default: as recorded)")
@@ -204,6 +261,7 @@ COMMANDS = {
     "generate": (generate, add_generate, "continue prompts, offline"),
     "plan": (plan, add_plan, "show layout, placement and memory; loads no weights"),
     "bench": (bench, add_bench, "load an OpenAI-style server and measure it"),
+    "record": (record, add_record, "record the expert load of any engine over HTTP"),
     "dashboard": (dashboard, add_dashboard, "show recorded expert load in a browser"),
 }
 
