@@ -204,11 +204,13 @@ class StepDone(msgspec.Struct, frozen=True, tag="step"):
 
 class ExpertCounts(msgspec.Struct, frozen=True, tag="experts"):
     """The experts that a rank's own rows chose since its last such message: summed over ranks, each token counts
-    once. About once a second while there is something to tell.
+    once. About once a second while there is something to tell; with online balancing when `step` is a multiple of
+    window_steps, from every rank, and once more when the traffic stops in between.
 
     counts: uint32 little-endian bytes of [2, L, E], prefill then decode: (token, choice) counts of the logical
     experts of each MoE layer, padding excluded. tokens: rows counted, (prefill, decode). They fell in the `steps`
     engine steps before `step`, which took about `seconds`; steps are numbered alike on all ranks.
+    slot_counts: the same of [2, L, P]: what this rank's rows gave to each slot of the group.
     """
 
     rank: int
@@ -217,6 +219,7 @@ class ExpertCounts(msgspec.Struct, frozen=True, tag="experts"):
     seconds: float
     tokens: tuple[int, int]
     counts: bytes
+    slot_counts: bytes = b""
 
 
 class LayersSwitched(msgspec.Struct, frozen=True, tag="switched"):

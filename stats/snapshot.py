@@ -1,6 +1,6 @@
 """Expert load of the last minutes: windows summed over the ranks, in a ring of bounded size.
 
-Knows neither models nor engine, nor where experts are: logical counts in, windows of logical counts out.
+Knows neither models nor engine, nor where experts are: counts in, windows of counts out.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Phase = Literal["prefill", "decode"]
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
 
 MAX_WINDOWS = 64
-"""Closed windows that are kept, each int64 [2, L, E]: 15 MB at 58 layers of 256 experts."""
+"""Closed windows that are kept, each int64 [2, L, E + P]: 32 MB at 58 layers of 256 experts in 288 slots."""
 
 MAX_REPORTS = 16
 """Reports of a rank (one a second) in a window at most: 64 windows are then 17 minutes of traffic."""
@@ -31,7 +31,8 @@ class LoadWindow:
     """What all ranks counted in the steps start_step <= step < end_step.
 
     load: int64 [2, L, E], (token, choice) counts of logical experts, prefill and decode. tokens: of each phase.
-    start, end: seconds since the epoch.
+    start, end: seconds since the epoch. slots: int64 [2, L, P], what was given to each slot; None where nobody
+    told, or where the slots have become fewer in between.
     """
 
     start_step: int
@@ -40,6 +41,7 @@ class LoadWindow:
     end: float
     tokens: tuple[int, int]
     load: Counts
+    slots: Counts | None = None
 
     @property
     def steps(self) -> int:
@@ -53,7 +55,13 @@ class LoadWindow:
             max(self.end, other.end),
             (self.tokens[0] + other.tokens[0], self.tokens[1] + other.tokens[1]),
             self.load + other.load,
+            _both(self.slots, other.slots),
         )
+
+
+def _both(one: Counts | None, other: Counts | None) -> Counts | None:
+    known = one is not None and other is not None and one.shape == other.shape
+    return one + other if known else None  # type: ignore[operator]
 
 
 class LoadRing:

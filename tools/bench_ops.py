@@ -192,8 +192,11 @@ def time_op(name: str, case: Case, fast: Ops, plain: Ops, repeats: int) -> dict[
 
 
 def time_steps(fast: Ops, plain: Ops, bandwidth: float, repeats: int) -> list[dict[str, Any]]:
-    load = ExpertLoad(LAYERS, EXPERTS)
-    native_model, plain_model = make_model(fast, load), make_model(plain, ExpertLoad(LAYERS, EXPERTS))
+    load = ExpertLoad(LAYERS, EXPERTS, EXPERTS)
+    native_model, plain_model = (
+        make_model(fast, load),
+        make_model(plain, ExpertLoad(LAYERS, EXPERTS, EXPERTS)),
+    )
     pages = 1 + max(count * -(-context // PAGE_SIZE) for count, _, context in STEPS.values())
     native_cache, plain_cache = (
         model.new_kv_cache(pages, PAGE_SIZE) for model in (native_model, plain_model)

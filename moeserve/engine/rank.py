@@ -61,7 +61,7 @@ class Rank:
         self.steps = self.replica_tokens = self.busiest_tokens = 0
         self.refused: list[SequenceOutput] = []
         self.last_sent = 0.0
-        self.experts = ExpertReporter.of(plan.spec, runner.expert_load, self.rank)
+        self.experts = ExpertReporter.of(plan, runner.expert_load, self.rank)
 
     def serve(self) -> None:
         """Step until every replica was told to leave."""

@@ -58,11 +58,12 @@ class Runner:
         expert_map = dispatcher = None
         if plan.placement is not None and plan.spec.moe is not None:
             topology = Topology.of(plan.layout.ep, plan.placement.num_slots)
-            expert_map = ExpertMap(plan.placement, topology, self.mesh.ep.rank, self.device)
+            routing = plan.config.moe_config.load_balancer.online.routing
+            expert_map = ExpertMap(plan.placement, topology, self.mesh.ep.rank, self.device, routing)
             if self.mesh.ep.size > 1:
                 dispatcher = make_dispatcher(plan.all_to_all, self.mesh.ep, topology.slots_per_rank)
             self.expert_load = ExpertLoad(
-                len(plan.spec.moe_layers), plan.spec.moe.num_experts, device=self.device
+                len(plan.spec.moe_layers), plan.spec.moe.num_experts, plan.placement.num_slots, self.device
             )
         model = Decoder(
             plan.spec,

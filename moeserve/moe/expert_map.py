@@ -2,30 +2,50 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from moeserve.eplb.types import Placement, RoutingTable, Topology
+from moeserve.ops import table as ops
+from moeserve.ops.spread import SplitTable, phase
+
+Routing = Literal["even", "shares", "step"]
 
 
 class ExpertMap:
     """Turns experts into slots for one source rank.
 
-    Layers are counted among the MoE layers alone. Raises ValueError when the placement does not fit the
-    topology.
+    routing says how replicas part the tokens of their expert: "even"; "shares", as the placement has it; "step",
+    so that this rank's own tokens of the step load all ranks alike. Layers are counted among the MoE layers alone.
+    Raises ValueError when the placement does not fit the topology.
     """
 
     def __init__(
-        self, placement: Placement, topology: Topology, source_rank: int, device: torch.device | str
+        self,
+        placement: Placement,
+        topology: Topology,
+        source_rank: int,
+        device: torch.device | str,
+        routing: Routing = "shares",
     ):
         placement.check(topology)
         self.placement = placement
         self.topology = topology
         self.source_rank = source_rank
-        table = RoutingTable.weighted(placement, placement.share, source_rank, topology)
-        self._table = torch.tensor(table.slots, dtype=torch.int64, device=device)  # [L, E, C]
-        self._rotation = 0
+        self.routing = routing
+        self._device = device
+        self._table = torch.empty(0)  # [L, E, C]; not for "step"
+        self._splits: list[SplitTable] = []  # by layer; for "step" alone
+        if routing == "step":
+            self._splits = [self._split(placement, layer) for layer in range(placement.num_layers)]
+        else:
+            self._table = self._columns_of(placement).to(device)
+        self._spread = ops.get("spread_tokens", device)
+        self._step = 0
+        self._valid = torch.empty(0, dtype=torch.bool, device=device)
         self._columns = self._padding = torch.empty(0, 1, dtype=torch.int64, device=device)
 
     @property
@@ -41,15 +61,21 @@ class ExpertMap:
 
         The rotation grows with each step, so that small batches spread over the replicas too.
         """
+        self._step += 1
+        self._valid = valid
+        if self.routing == "step":
+            return
         width = self._table.shape[2]
-        self._rotation = (self._rotation + 1) % width
-        self._columns = ((torch.arange(len(valid), device=valid.device) + self._rotation) % width).unsqueeze(
-            1
-        )
+        rotation = self._step % width
+        self._columns = ((torch.arange(len(valid), device=valid.device) + rotation) % width).unsqueeze(1)
         self._padding = ~valid.unsqueeze(1)
 
     def look_up(self, layer: int, experts: Tensor) -> Tensor:
         """experts int64 [T, K] of this step's tokens -> slots int64 [T, K], -1 for padding."""
+        if self.routing == "step":
+            begin = phase(self.source_rank, self._step, layer)
+            slots: Tensor = self._spread(experts, self._valid, self._splits[layer], begin)
+            return slots
         return self._table[layer][experts, self._columns].masked_fill_(self._padding, -1)
 
     def local_experts(self, layer: int) -> list[int]:
@@ -58,7 +84,7 @@ class ExpertMap:
         row = self.placement.slot_to_expert[layer, start : start + self.topology.slots_per_rank]
         return [int(expert) for expert in row]
 
-    def switch_layer(self, layer: int, new: Placement, table: RoutingTable) -> None:
+    def switch_layer(self, layer: int, new: Placement) -> None:
         """From the next look-up on, one layer follows `new`; its weights must already be in their slots.
 
         The placement in force becomes the old one with this layer's row of the new one; its generation is the
@@ -70,4 +96,21 @@ class ExpertMap:
         done = np.array_equal(slots, new.slot_to_expert) and np.array_equal(shares, new.share)
         generation = new.generation if done else self.placement.generation
         self.placement = Placement(slots, new.num_experts, generation, shares)
-        self._table[layer].copy_(torch.tensor(table.slots[layer]))
+        if self.routing == "step":
+            self._splits[layer] = self._split(new, layer)
+        else:
+            row = slice(layer, layer + 1)
+            alone = Placement(new.slot_to_expert[row], new.num_experts, new.generation, new.share[row])
+            self._table[layer].copy_(self._columns_of(alone)[0])
+
+    def _columns_of(self, placement: Placement) -> Tensor:
+        """int64 [L, E, C]: the routing table of a placement, or of some of its layers."""
+        if self.routing == "even":
+            table = RoutingTable.even(placement, self.source_rank, self.topology)
+        else:
+            table = RoutingTable.weighted(placement, placement.share, self.source_rank, self.topology)
+        return torch.tensor(table.slots, dtype=torch.int64)
+
+    def _split(self, placement: Placement, layer: int) -> SplitTable:
+        row, topology = placement.slot_to_expert[layer], self.topology
+        return SplitTable.make(row, placement.num_experts, topology.num_ranks, self.source_rank, self._device)

@@ -71,9 +71,9 @@ class MoeLayer:
     def __call__(self, x: Tensor, rows: StepRows) -> tuple[Tensor, Tensor]:
         """x [rows, H] -> (out [rows, H], the experts chosen int64 [rows, K])."""
         weights, experts = self.router(x)
-        if self._load is not None:
-            self._load.add(self._index, experts)
         slots = self._expert_map.look_up(self._index, experts)
+        if self._load is not None:
+            self._load.add(self._index, experts, slots)
         etp = self._mesh.etp
         tokens = etp.all_gather(x, rows.etp_sizes)
         slots = etp.all_gather(slots, rows.etp_sizes)

@@ -5,6 +5,7 @@
  */
 #include "parallel.h"
 #include "simd.h"
+#include "spread.h"
 
 #define ELEM_IS_BF16 0
 #define elem float

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from moeserve.forward_batch import ForwardBatch
 from moeserve.ops import build, reference, table
+from moeserve.ops.spread import SplitTable
 
 if TYPE_CHECKING:
     from moeserve.models.spec import Routing
@@ -52,7 +53,7 @@ def enable() -> bool:
     except (build.BuildError, OSError) as error:
         logger.warning("the plain-torch ops serve, the C kernels could not be built: %s", error)
         return False
-    for name in (*_SIGNATURES, "head_linear"):
+    for name in (*_SIGNATURES, "head_linear", "spread_tokens"):
         table.register(name, "cpu", getattr(ops, name))
     return True
 
@@ -80,6 +81,9 @@ class NativeOps:
             self._grouped_experts,
             self._fused_experts,
         ) = self._kernels.values()
+        self._spread_tokens = loaded.moeserve_spread_tokens
+        self._spread_tokens.argtypes = (*[_POINTER] * 4, _LONG)
+        self._spread_tokens.restype = _INT
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         kernel = self._linear.get(x.dtype)
@@ -296,6 +300,21 @@ class NativeOps:
         )  # fmt: skip
         _check(status)
         return out
+
+    def spread_tokens(self, experts: Tensor, valid: Tensor, table: SplitTable, phase: int) -> Tensor:
+        experts = experts.contiguous()
+        slots = torch.empty_like(experts)
+        tokens, top_k = experts.shape
+        split, width = table.hosts.shape
+        arrays = (
+            table.slot, table.rank, table.row, table.expert, table.num_hosts, table.hosts, table.host_slots
+        )  # fmt: skip
+        operands = (ctypes.c_int64 * 13)(
+            tokens, top_k, len(table.slot), table.num_ranks, split, width, *[a.data_ptr() for a in arrays]
+        )
+        status = self._spread_tokens(experts.data_ptr(), valid.data_ptr(), slots.data_ptr(), operands, phase)
+        _check(status)
+        return slots
 
 
 def _bind(library: ctypes.PyDLL, op: str) -> dict[torch.dtype, Kernel]:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moeserve.forward_batch import ForwardBatch
+from moeserve.ops.spread import spread_tokens as spread_tokens
 
 if TYPE_CHECKING:
     from moeserve.models.spec import Routing

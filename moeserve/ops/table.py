@@ -28,6 +28,7 @@ class Ops:
     paged_attention: Callable[..., Tensor] = reference.paged_attention
     grouped_experts: Callable[..., Tensor] = reference.grouped_experts
     fused_experts: Callable[..., Tensor] = reference.fused_experts
+    spread_tokens: Callable[..., Tensor] = reference.spread_tokens
 
 
 OP_NAMES = tuple(field.name for field in fields(Ops))

@@ -79,7 +79,7 @@ def build(
         topology = Topology.of(mesh.ep.size, slots)
         experts["expert_map"] = ExpertMap(placement, topology, mesh.ep.rank, "cpu")
         experts["dispatcher"] = make_dispatcher(case.dispatcher, mesh.ep, topology.slots_per_rank)
-        experts["load"] = ExpertLoad(layers, count)
+        experts["load"] = ExpertLoad(layers, count, slots)
     ops = kernel_ops() if case.kernels else choose_ops("cpu")
     model = Decoder(spec, mesh, dtype=dtype, ops=ops, **experts)
     load(model, path)
