@@ -32,6 +32,7 @@ from moeserve.messages import (
     Wake,
 )
 from moeserve.server.balance import BalanceCollector
+from moeserve.server.balancedness import BalancednessCollector
 from moeserve.server.errors import ApiError, engine_dead, timed_out, too_busy, unavailable
 from moeserve.server.generation import Generation, RunningSequence
 from moeserve.server.metrics import ServingMetrics, make_registry
@@ -72,6 +73,8 @@ class Frontend:
         self.balance = balance
         if balance is not None:
             self.registry.register(BalanceCollector(balance, settings.model_name))
+            if settings.metrics_compat == "sglang":
+                self.registry.register(BalancednessCollector(balance, settings.model_name))
         self.draining = False
         self.failure: str | None = None  # traceback of the rank that failed first
         self.dead = asyncio.Event()
