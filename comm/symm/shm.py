@@ -1,0 +1,174 @@
+"""Blocks of the processes of one host: anonymous shared memory, opened by the others through its owner's /proc.
+
+Nothing has a name, so nothing is left behind when the ranks end, SIGKILL included, a crash never stands in the
+way of the next start, and two engines on a host never meet. The size of /dev/shm does not matter: memory of
+memfd_create counts against the container's memory limit alone. Pages come into being as they are written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import select
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moeserve.comm import shared
+from moeserve.comm.symm.heap import Blocks, Control, HeapUnavailable
+
+SPARE_BYTES = 64 << 20
+"""What must stay free beside the blocks."""
+
+
+def allocate(nbytes: int, control: Control) -> Blocks:
+    """One block of nbytes of each rank of control, all on this host.
+
+    Raises HeapUnavailable, on all ranks, where they are not of one host, where it has too little memory, or where
+    a rank may not open another's memory (processes of different users, a /proc that hides them).
+    """
+    host = shared.host_identity() if shared.supported else -1
+    table = control.all_gather_ints([host, os.getpid()])
+    _check_hosts([row[0] for row in table])
+    pids = [row[1] for row in table]
+    _agree(control, _shortage(nbytes * control.size, control.size))
+    own, problem = -1, ""
+    try:
+        own = _create(nbytes)
+    except OSError as error:
+        problem = f"cannot make {_size(nbytes)} of shared memory: {error}"
+    descriptors = [row[0] for row in control.all_gather_ints([own])]
+    blocks: list[Tensor] = []
+    try:
+        if not problem and min(descriptors) >= 0:
+            for pid, descriptor in zip(pids, descriptors, strict=True):
+                blocks.append(_map(pid, descriptor, nbytes))
+    except OSError as error:
+        problem = f"cannot open the shared memory of rank {len(blocks)}: {error}"
+    try:
+        _agree(control, problem)
+    finally:
+        if own >= 0:
+            os.close(own)
+    lives = _Lives(pids)
+    return Blocks(blocks, lives.is_alive, lives.close)
+
+
+def free_memory() -> tuple[int, str]:
+    """Bytes that this process may still use, and what limits them: the host, or the container's memory limit."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    sizes = {name: int(rest.split()[0]) * 1024 for name, rest in (line.split(":") for line in lines)}
+    best = sizes["MemAvailable"], "this host has free"
+    for folder, limit_file, used_file in _memory_groups():
+        with contextlib.suppress(OSError, ValueError, KeyError):  # "max": no limit
+            limit = int((folder / limit_file).read_text())
+            used = int((folder / used_file).read_text())
+            rows = (line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            cache = int(dict(rows)["inactive_file"])  # given up by the kernel when memory runs short
+            best = min(
+                best, (limit - used + cache, f"the memory limit of {_size(limit)} of the container leaves")
+            )
+    return best
+
+
+def _memory_groups() -> list[tuple[Path, str, str]]:
+    """This process's control group and those above it -> (folder, file of the limit, file of the use)."""
+    found = []
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers == "":
+                root, names = Path("/sys/fs/cgroup"), ("memory.max", "memory.current")
+            elif "memory" in controllers.split(","):
+                root, names = (
+                    Path("/sys/fs/cgroup/memory"),
+                    ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+                )
+            else:
+                continue
+            folder = root / path.lstrip("/")
+            found += [(up, *names) for up in (folder, *folder.parents) if up == root or root in up.parents]
+    return found
+
+
+def _check_hosts(hosts: list[int]) -> None:
+    if -1 in hosts:
+        raise HeapUnavailable(
+            "shared memory between ranks needs Linux on x86-64: other processors reorder stores"
+        )
+    for rank, host in enumerate(hosts):
+        if host != hosts[0]:
+            raise HeapUnavailable(
+                f"ranks 0 and {rank} are on different hosts or in containers that do not see one another's "
+                "processes: shared memory joins the ranks of one host"
+            )
+
+
+def _shortage(needed: int, world: int) -> str:
+    free, limit = free_memory()
+    if needed + SPARE_BYTES <= free:
+        return ""
+    return (
+        f"{world} ranks need {_size(needed)} of shared memory together, {limit} {_size(free)}: "
+        "fewer ranks or tokens a step (max_num_tokens) need less"
+    )
+
+
+def _agree(control: Control, problem: str) -> None:
+    """Raises on all ranks if one has a problem."""
+    failed = [rank for rank, row in enumerate(control.all_gather_ints([bool(problem)])) if row[0]]
+    if failed:
+        raise HeapUnavailable(problem or f"rank {failed[0]} has no shared memory: see its message")
+
+
+def _create(nbytes: int) -> int:
+    descriptor = os.memfd_create("moeserve-heap", os.MFD_CLOEXEC)
+    try:
+        os.ftruncate(descriptor, nbytes)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _map(pid: int, descriptor: int, nbytes: int) -> Tensor:
+    """The memory behind a descriptor of process pid (our own too); unmapped with the last tensor made from it."""
+    opened = os.open(f"/proc/{pid}/fd/{descriptor}", os.O_RDWR | os.O_CLOEXEC)
+    try:
+        memory = mmap.mmap(opened, nbytes)
+    finally:
+        os.close(opened)
+    return torch.frombuffer(memory, dtype=torch.uint8)
+
+
+class _Lives:
+    """Which of the processes still run."""
+
+    def __init__(self, pids: list[int]) -> None:
+        self._descriptors: list[int] = []
+        self._polls: list[select.poll | None] = []
+        for pid in pids:
+            poll = None  # of a process that is gone already
+            with contextlib.suppress(ProcessLookupError):
+                self._descriptors.append(os.pidfd_open(pid))
+                poll = select.poll()
+                poll.register(self._descriptors[-1], select.POLLIN)
+            self._polls.append(poll)
+
+    def is_alive(self, rank: int) -> bool:
+        poll = self._polls[rank]
+        return poll is not None and not poll.poll(0)
+
+    def close(self) -> None:
+        descriptors, self._descriptors = self._descriptors, []
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / (1 << 20):,.1f} MiB"
