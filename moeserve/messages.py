@@ -210,7 +210,8 @@ class ExpertCounts(msgspec.Struct, frozen=True, tag="experts"):
     counts: uint32 little-endian bytes of [2, L, E], prefill then decode: (token, choice) counts of the logical
     experts of each MoE layer, padding excluded. tokens: rows counted, (prefill, decode). They fell in the `steps`
     engine steps before `step`, which took about `seconds`; steps are numbered alike on all ranks.
-    slot_counts: the same of [2, L, P]: what this rank's rows gave to each slot of the group.
+    slot_counts: the same of [2, L, P]: what this rank's rows gave to each slot of the group. A row that is alone of
+    its sequence in a step is a decode, the last of a prompt cut into chunks too.
     """
 
     rank: int

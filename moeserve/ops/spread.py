@@ -75,9 +75,17 @@ class SplitTable:
         def tensor(values: object) -> Tensor:
             return torch.tensor(values, dtype=torch.int64, device=device)
 
-        counts = [len(hosts[expert]) for expert in order]
-        arrays = (first, first // per_rank, row, order, counts, ranks, slots)
-        return cls(*map(tensor, arrays), rounds, num_ranks)
+        return cls(
+            slot=tensor(first),
+            rank=tensor(first // per_rank),
+            row=tensor(row),
+            expert=tensor(order),
+            num_hosts=tensor([len(hosts[expert]) for expert in order]),
+            hosts=tensor(ranks),
+            host_slots=tensor(slots),
+            rounds=rounds,
+            num_ranks=num_ranks,
+        )
 
 
 def _rounds(hosts: dict[int, set[int]]) -> tuple[list[int], tuple[tuple[int, int], ...]]:
