@@ -7,12 +7,14 @@ from collections.abc import Callable
 from moeserve.comm.all_to_all.exchange import ExchangeDispatcher
 from moeserve.comm.all_to_all.gather import GatherDispatcher
 from moeserve.comm.all_to_all.local import LocalDispatcher
+from moeserve.comm.all_to_all.one_sided.dispatcher import OneSidedDispatcher
 from moeserve.comm.all_to_all.protocol import TokenDispatcher
 from moeserve.comm.group import Group
 
 DISPATCHERS: dict[str, Callable[[Group, int], TokenDispatcher]] = {
     "exchange": ExchangeDispatcher,
     "gather": GatherDispatcher,
+    "one_sided": OneSidedDispatcher,
 }
 
 
