@@ -61,7 +61,9 @@ class OnlineConfig:
     routing: Literal["even", "shares", "step"] = setting(
         "shares", "how replicas share tokens: evenly, by the placement, or by each step's own load"
     )
-    max_bytes_per_second: float | None = setting(None, "weights a rank may receive; null: no limit", low=1)
+    max_bytes_per_second: float | None = setting(
+        None, "that a rank may send and receive of moved weights; null: no limit", low=1000
+    )
     survive_rank_loss: bool = setting(False, "keep every expert on two ranks at least")
 
 

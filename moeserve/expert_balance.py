@@ -10,16 +10,19 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from moeserve.eplb.formats.placement import PlacementFile, format_placement
 from moeserve.eplb.load import ExpertLoad, Window
-from moeserve.eplb.metrics import imbalance, rank_load
+from moeserve.eplb.metrics import FORMULA, imbalance, rank_load
 from moeserve.eplb.types import Floats, Placement, Topology
 from moeserve.messages import ExpertCounts
 from moeserve.stats.snapshot import PHASES, Counts, LoadRing, LoadWindow, Phase
+
+if TYPE_CHECKING:
+    from moeserve.online.balancer import OnlineBalancer
 
 log = logging.getLogger(__name__)
 RECENT_SECONDS = 30.0
@@ -27,12 +30,18 @@ RECENT_SECONDS = 30.0
 
 @dataclass(frozen=True)
 class Imbalance:
-    """max / mean rank load of each MoE layer, over the layers. steps: that they were counted in."""
+    """max / mean rank load of each MoE layer, over the layers. steps: that they were counted in.
+
+    worst, median, mean: of the logical load, spread as the placement in force says, which is what eplb-offline
+    works out. measured_*: of what the ranks were really given; None where nobody told.
+    """
 
     worst: float
     median: float
     mean: float
     steps: int
+    measured_worst: float | None = None
+    measured_mean: float | None = None
 
 
 class ExpertBalance:
@@ -48,10 +57,15 @@ class ExpertBalance:
         top_k: int,
         expert_groups: int,
         expert_bytes: int = 0,
+        routing: str = "shares",
     ):
         """layers: absolute ids of the MoE layers. expert_bytes: of one expert's weights in one layer on a rank, 0
-        where unknown."""
-        self.placement = placement
+        where unknown. routing: even, shares or step, as the engine was told."""
+        self.routing = routing
+        self.online: OnlineBalancer | None = None
+        self.predicted: dict[Phase, float] = {}  # imbalance that was promised of the placement in force
+        self.placement = self._whole = placement
+        self.previous: Placement | None = None  # what was in force before the last change of generation
         self.topology = topology
         self.layers = tuple(layers)
         self.model = model
@@ -61,9 +75,14 @@ class ExpertBalance:
         self.listeners: list[Callable[[int, LoadWindow], None]] = []  # told of each rank's reports
         self.ring = LoadRing()
         self.generations: dict[int, int] = {}  # of the placement, by rank
-        self._is_even = bool(np.allclose(placement.share, placement.even_share, atol=1e-6))
-        self._survives = placement.survives_rank_loss(topology)
+        self._rank_tokens = np.zeros((len(PHASES), topology.num_ranks))
         self._next_line: float | None = None
+
+    def follow(self, placement: Placement) -> None:
+        """The placement that is in force from now on; layer by layer it keeps its generation until all are there."""
+        if placement.generation != self._whole.generation:
+            self.previous, self._whole = self._whole, placement
+        self.placement = placement
 
     def add(self, message: ExpertCounts) -> None:
         """What one rank has counted since its last message."""
@@ -71,36 +90,59 @@ class ExpertBalance:
         shape = (len(PHASES), len(self.layers), self.placement.num_experts)
         counts = np.frombuffer(message.counts, "<u4").astype(np.int64).reshape(shape)
         start = message.step - message.steps
-        report = LoadWindow(start, message.step, now - message.seconds, now, message.tokens, counts)
+        slots = None
+        if message.slot_counts:
+            shape = (len(PHASES), len(self.layers), self.placement.num_slots)
+            slots = np.frombuffer(message.slot_counts, "<u4").astype(np.int64).reshape(shape)
+        report = LoadWindow(start, message.step, now - message.seconds, now, message.tokens, counts, slots)
         self.ring.add(message.rank, report)
+        given = self._rank_load(counts) if slots is None else self._by_rank(slots)
+        self._rank_tokens += given.sum(axis=1)  # at once: a placement holds for what was counted under it
         for listener in self.listeners:
             listener(message.rank, report)
+        if self.online is not None:
+            self.online.report(message.rank, report)
         self._tell(now)
 
     def imbalance(self, seconds: float = RECENT_SECONDS) -> dict[Phase, Imbalance]:
-        """Of the last so many seconds of traffic, for the phases that had any."""
+        """Of the newest window of the online balancer, without one of the last so many seconds of traffic; for the
+        phases that had any."""
+        if self.online is not None:
+            return {phase: self.imbalance_of(window, phase) for phase, window in self.online.newest.items()}
         recent = self.ring.recent(seconds)
         if recent is None:
             return {}
-        found: dict[Phase, Imbalance] = {}
-        for phase, load, tokens in zip(PHASES, recent.load, recent.tokens, strict=True):
-            if tokens:
-                ratios = imbalance(self._rank_load(load))
-                worst, median, mean = ratios.max(), np.median(ratios), ratios.mean()
-                found[phase] = Imbalance(float(worst), float(median), float(mean), recent.steps)
-        return found
+        counted = [phase for phase, tokens in zip(PHASES, recent.tokens, strict=True) if tokens]
+        return {phase: self.imbalance_of(recent, phase) for phase in counted}
+
+    def imbalance_of(self, window: LoadWindow, phase: Phase, placement: Placement | None = None) -> Imbalance:
+        """Of one window and phase under a placement, left out the one in force; and as measured."""
+        at = PHASES.index(phase)
+        ratios = self.by_layer(window.load[at], placement or self.placement)
+        worst, median, mean = float(ratios.max()), float(np.median(ratios)), float(ratios.mean())
+        if window.slots is None:
+            return Imbalance(worst, median, mean, window.steps)
+        measured = imbalance(self._by_rank(window.slots[at]))
+        return Imbalance(worst, median, mean, window.steps, float(measured.max()), float(measured.mean()))
+
+    def by_layer(self, load: Counts, placement: Placement) -> Floats:
+        """[L] max / mean rank load for load [L, E]."""
+        ratios: Floats = imbalance(rank_load(load, placement, self.topology))
+        return ratios
 
     def rank_tokens(self) -> Floats:
         """[2, G]: (token, choice) pairs given to each expert-parallel rank since the start, over all layers."""
-        total = self.ring.total
-        if total is None:
-            return np.zeros((len(PHASES), self.topology.num_ranks))
-        tokens: Floats = self._rank_load(total).sum(axis=1)
-        return tokens
+        return self._rank_tokens.copy()
 
     def _rank_load(self, load: Counts) -> Floats:
         """[..., L, G]: replicas take their shares, as the engine's routing table has it."""
         return rank_load(load, self.placement, self.topology)
+
+    def _by_rank(self, slots: Counts) -> Floats:
+        """[..., L, G] of counts [..., L, P]."""
+        shape = (*slots.shape[:-1], self.topology.num_ranks, self.topology.slots_per_rank)
+        ranks: Floats = slots.reshape(shape).sum(axis=-1, dtype=np.float64)
+        return ranks
 
     def expert_load(self) -> ExpertLoad | None:
         """All that is kept, as stats.json has it; None when nothing was counted yet."""
@@ -133,38 +175,59 @@ class ExpertBalance:
         )
 
     def placement_text(self) -> str:
-        """placement.json of the placement in force."""
-        return format_placement(
-            PlacementFile(self.placement, self.topology.num_ranks, self.layers, self.model)
+        """placement.json of the placement in force, with what was promised of it."""
+        promised = [round(value, 6) for value in self.predicted.values()]
+        predicted: dict[str, Any] = {"imbalance_mean": promised[0], "formula": FORMULA} if promised else {}
+        file = PlacementFile(
+            self.placement,
+            self.topology.num_ranks,
+            self.layers,
+            self.model,
+            ranks_per_node=self.topology.ranks_per_node,
+            predicted=predicted,
         )
+        return format_placement(file)
 
     @property
     def state(self) -> str:
-        """What the balancer is doing: a given placement stays."""
-        return "off"
+        """What the balancer is doing: off where the placement stays."""
+        return "off" if self.online is None else self.online.state
+
+    @property
+    def split(self) -> str:
+        """How replicas share tokens: a placement that stays may have nothing but even shares."""
+        if self.routing == "shares" and self.online is None:
+            even = np.allclose(self.placement.share, self.placement.even_share, atol=1e-6)
+            return "even" if even else "shares"
+        return self.routing
 
     def status(self) -> dict[str, Any]:
-        """The answer of /eplb/status. predicted is null: nobody has promised anything for a given placement."""
-        balance = {
-            phase: {
-                "mean": round(found.mean, 6),
-                "median": round(found.median, 6),
-                "worst": round(found.worst, 6),
-                "predicted": None,
-                "window_steps": found.steps,
-            }
-            for phase, found in self.imbalance().items()
-        }
+        """The answer of /eplb/status. predicted is null where nobody has promised anything of the placement."""
         return {
             "generation": self.placement.generation,
             "digest": self.placement.digest,
             "state": self.state,
-            "routing": "even" if self._is_even else "shares",
+            "routing": self.split,
             "num_slots": self.placement.num_slots,
             "ep_size": self.topology.num_ranks,
-            "survives_rank_loss": self._survives,
-            "imbalance": balance,
-            "rebalances": [],
+            "survives_rank_loss": self.placement.survives_rank_loss(self.topology),
+            "imbalance": {phase: self._figures(phase, found) for phase, found in self.imbalance().items()},
+            "migration": None if self.online is None else self.online.progress(),
+            "rebalances": [] if self.online is None else self.online.history(),
+        }
+
+    def _figures(self, phase: Phase, found: Imbalance) -> dict[str, Any]:
+        predicted = self.predicted.get(phase)
+        measured = None
+        if found.measured_mean is not None and found.measured_worst is not None:
+            measured = {"mean": round(found.measured_mean, 6), "worst": round(found.measured_worst, 6)}
+        return {
+            "mean": round(found.mean, 6),
+            "median": round(found.median, 6),
+            "worst": round(found.worst, 6),
+            "predicted": None if predicted is None else round(predicted, 6),
+            "measured": measured,
+            "window_steps": found.steps,
         }
 
     def _tell(self, now: float) -> None:

@@ -11,10 +11,13 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 
+from moeserve.eplb.rebalancer import Settings
+from moeserve.eplb.service import RebalanceService
 from moeserve.eplb.types import Topology
 from moeserve.expert_balance import ExpertBalance
 from moeserve.expert_recorder import ExpertRecorder
 from moeserve.launch import RankPlace, RankSet
+from moeserve.online.balancer import OnlineBalancer, OnlineSettings
 from moeserve.plan import EnginePlan
 from moeserve.server.frontend import Frontend
 from moeserve.server.run import STOP_SIGNALS, HttpServer
@@ -65,20 +68,51 @@ def server_settings(plan: EnginePlan) -> ServerSettings:
     )
 
 
-def expert_balance(plan: EnginePlan) -> ExpertBalance | None:
-    """What keeps the ranks' counts of experts; None for a model without experts."""
+def expert_balance(plan: EnginePlan, place: RankPlace | None = None) -> ExpertBalance | None:
+    """What keeps the ranks' counts of experts; None for a model without experts. place: of a launcher's rank,
+    which tells how many share a host."""
     if plan.placement is None or plan.spec.moe is None:
         return None
     routing = plan.spec.moe.routing
+    per_host = 0 if place is None else max(1, place.local_size // plan.layout.etp)
     held = plan.placement.num_slots // plan.layout.ep * plan.placement.num_layers
     return ExpertBalance(
         plan.placement,
-        Topology.of(plan.layout.ep, plan.placement.num_slots),
+        Topology.of(plan.layout.ep, plan.placement.num_slots, min(per_host, plan.layout.ep)),
         layers=plan.spec.moe_layers,
         model=plan.model_name,
         top_k=routing.top_k,
         expert_groups=routing.num_groups,
         expert_bytes=plan.weight_bytes().experts // held,
+        routing=plan.config.moe_config.load_balancer.online.routing,
+    )
+
+
+def online_balancer(plan: EnginePlan, balance: ExpertBalance) -> OnlineBalancer | None:
+    """What lets the experts follow the traffic; None where their placement stays. Starts a process: close it."""
+    config = plan.config.moe_config.load_balancer
+    if not config.layer_updates_per_iter:
+        return None
+    online = config.online
+    settings = Settings(
+        windows=online.windows,
+        policy=online.policy,
+        max_moves_per_layer=online.max_moves_per_layer,
+        min_gain=online.min_gain,
+        routing=online.routing,
+        expert_groups=balance.expert_groups,
+        survive_rank_loss=online.survive_rank_loss,
+    )
+    bounds = OnlineSettings(
+        window_steps=online.window_steps,
+        windows=online.windows,
+        layers_per_step=config.layer_updates_per_iter,
+        num_ranks=plan.layout.world_size,
+        bytes_per_second=online.max_bytes_per_second,
+        ranks_an_expert=plan.layout.etp,
+    )
+    return OnlineBalancer(
+        balance, bounds, lambda placement: RebalanceService(placement, balance.topology, settings)
     )
 
 
@@ -102,8 +136,10 @@ async def running_engine(
 
     Raises as RankSet.raise_failure, after the body is done, when the engine died.
     """
-    balance = expert_balance(plan)
+    balance = expert_balance(plan, place)
     recorder = expert_recorder(plan, balance)
+    if balance is not None:
+        balance.online = online_balancer(plan, balance)
     ranks = RankSet(plan, place)
     frontend = Frontend(ranks, tokenizer, settings, balance)
     ranks.start()
@@ -116,6 +152,8 @@ async def running_engine(
         with contextlib.suppress(asyncio.CancelledError):
             await carrying
         await ranks.stop()
+        if balance is not None and balance.online is not None:
+            await asyncio.to_thread(balance.online.close)
         if recorder is not None:
             await asyncio.to_thread(recorder.close)
     ranks.raise_failure()

@@ -77,7 +77,7 @@ BAD_SETTINGS = [  # command line, and what the answer must name
     ([f"{ONLINE}.min-gain", "1"], "online.min_gain = 1.0: must be from 0 to 0.9"),
     ([f"{ONLINE}.policy", "best"], "online.policy = 'best': must be one of auto, greedy"),
     ([f"{ONLINE}.routing", "random"], "online.routing = 'random': must be one of even, shares, step"),
-    ([f"{ONLINE}.max-bytes-per-second", "0"], "online.max_bytes_per_second = 0.0: must be at least 1"),
+    ([f"{ONLINE}.max-bytes-per-second", "0"], "online.max_bytes_per_second = 0.0: must be at least 1000"),
     (
         ["--tp-size", "4", LAYERS, "1", f"{ONLINE}.policy", "greedy", f"{ONLINE}.max-moves-per-layer", "2"],
         "max_moves_per_layer = 2: policy = greedy solves from scratch",

@@ -92,6 +92,7 @@ def test_status_says_what_is_true_without_online_balancing() -> None:
         "ep_size": 2,
         "survives_rank_loss": False,
         "imbalance": {},
+        "migration": None,
         "rebalances": [],
     }
     assert status["imbalance"] == {
@@ -100,6 +101,7 @@ def test_status_says_what_is_true_without_online_balancing() -> None:
             "median": 1.666667,
             "worst": 1.666667,
             "predicted": None,
+            "measured": None,
             "window_steps": 10,
         }
     }

@@ -23,6 +23,8 @@ from moeserve.messages import (
     EngineStats,
     ExpertCounts,
     FromRank,
+    LayersSwitched,
+    Migrated,
     RankFailed,
     RankReady,
     SamplingParams,
@@ -42,6 +44,7 @@ from moeserve.text import Tokenizer
 
 log = logging.getLogger(__name__)
 MAX_SEED = (1 << 63) - 1
+BALANCE_TICK_SECONDS = 0.02
 
 
 class RankLink(Protocol):
@@ -196,6 +199,7 @@ class Frontend:
     async def run(self) -> None:
         """Carries messages both ways until the engine is dead or this is cancelled."""
         sender = asyncio.create_task(self._send_all(), name="frontend-sender")
+        balancing = asyncio.create_task(self._carry_orders(), name="frontend-balancing")
         try:
             while not self.dead.is_set():
                 replica, message = await self._link.receive()
@@ -207,6 +211,7 @@ class Frontend:
             self.die(f"the link to the ranks broke: {error!r}")
         finally:
             sender.cancel()
+            balancing.cancel()
 
     def handle(self, replica: int, message: FromRank) -> None:
         """One message of a rank of that replica."""
@@ -227,6 +232,9 @@ class Frontend:
         elif isinstance(message, ExpertCounts):
             if self.balance is not None:
                 self.balance.add(message)
+        elif isinstance(message, (LayersSwitched, Migrated)):
+            if self.balance is not None and self.balance.online is not None:
+                self.balance.online.handle(message)
         elif isinstance(message, RankFailed):
             self.die(message.traceback)
 
@@ -324,6 +332,16 @@ class Frontend:
                     log.exception("sending to replica %d failed", replica)
                     self.die(f"sending to replica {replica} failed: {error!r}")
                     return
+
+    async def _carry_orders(self) -> None:
+        """Lets the online balancer know the time and sends what it orders to every replica."""
+        online = None if self.balance is None else self.balance.online
+        while online is not None:
+            online.tick()
+            for order in online.take_orders():
+                for replica in range(self._link.num_replicas):
+                    self._post(replica, order)
+            await asyncio.sleep(BALANCE_TICK_SECONDS)
 
     def _note_stats(self, replica: int, stats: EngineStats) -> None:
         before = self._stats.get(replica)
