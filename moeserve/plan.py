@@ -13,6 +13,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from moeserve.comm.all_to_all import FALLBACK
+from moeserve.comm.all_to_all.one_sided.dispatcher import RowSizes, window_config
+from moeserve.comm.all_to_all.one_sided.layout import EpLayout
 from moeserve.comm.layout import ParallelLayout
 from moeserve.config import AttentionDPConfig, EngineConfig, LoadBalancerConfig, OnlineConfig
 from moeserve.device import free_memory
@@ -32,7 +35,8 @@ RANKS_PER_CORE = 16  # local CPU ranks beyond this only wait for one another
 class EnginePlan:
     """What the ranks are told: the settings with nothing left open.
 
-    placement and num_slots are None for a model without experts. all_to_all: local, exchange or gather.
+    placement and num_slots are None for a model without experts. all_to_all: local, one_sided, exchange or gather;
+    ranks of several hosts take exchange instead of a one_sided that nobody asked for.
     eos_token_ids are the tokenizer's: filled in by who starts ranks, as a plan alone needs no tokenizer.
     """
 
@@ -59,6 +63,13 @@ class EnginePlan:
     @property
     def backend(self) -> str:
         return "nccl" if self.device == "cuda" else "gloo"
+
+    def dispatch_sizes(self) -> RowSizes:
+        """What a rank brings to one dispatch at most: its rows and those of its expert tensor-parallel group."""
+        moe = self.spec.moe
+        assert moe is not None
+        rows = -(-self.config.max_num_tokens // self.layout.tp) * self.layout.etp
+        return RowSizes(rows, self.spec.hidden_size, moe.routing.top_k, self.torch_dtype)
 
     def weight_bytes(self) -> memory.WeightBytes:
         """What a rank's weights take, by part, and a token of its KV cache."""
@@ -125,7 +136,7 @@ def make_plan(config: EngineConfig) -> EnginePlan:
         dtype=plan_dtype(config, spec, device),
         num_slots=num_slots,
         placement=placement,
-        all_to_all=plan_all_to_all(config, spec, layout),
+        all_to_all=plan_all_to_all(config, spec, layout, device),
         max_seq_len=max_seq_len,
     )
 
@@ -213,12 +224,8 @@ def plan_dtype(config: EngineConfig, spec: ModelSpec, device: str) -> str:
     return "float32" if spec.dtype == "float32" else "bfloat16"
 
 
-def plan_all_to_all(config: EngineConfig, spec: ModelSpec, layout: ParallelLayout) -> str:
+def plan_all_to_all(config: EngineConfig, spec: ModelSpec, layout: ParallelLayout, device: str) -> str:
     wanted = config.moe_config.all_to_all
-    if wanted == "one_sided":
-        raise ValueError(
-            "moe_config.all_to_all = one_sided: not in this version; use auto, exchange or gather"
-        )
     if spec.moe is None or layout.ep == 1:
         if wanted != "auto":
             raise ValueError(
@@ -226,7 +233,13 @@ def plan_all_to_all(config: EngineConfig, spec: ModelSpec, layout: ParallelLayou
                 "would exchange tokens; leave it out"
             )
         return "local"
-    return "exchange" if wanted == "auto" else wanted
+    if wanted == "one_sided" and device != "cpu":
+        raise ValueError(
+            f"moe_config.all_to_all = one_sided: serves on CPUs only, device is {device}; use exchange or gather"
+        )
+    if wanted == "auto":
+        return "one_sided" if device == "cpu" else "exchange"
+    return wanted
 
 
 def plan_placement(
@@ -353,7 +366,7 @@ def describe(plan: EnginePlan, memory_bytes: int | None = None) -> str:
     if plan.placement is not None and plan.num_slots is not None and plan.spec.moe is not None:
         redundant = plan.num_slots - plan.spec.moe.num_experts
         lines |= {
-            "experts": f"ep {layout.ep}, moe tp {layout.etp}, all-to-all {plan.all_to_all}",
+            "experts": f"ep {layout.ep}, moe tp {layout.etp}, all-to-all {_all_to_all(plan)}",
             "slots": f"{plan.num_slots} for {plan.spec.moe.num_experts} experts ({redundant} redundant), "
             f"{plan.num_slots // layout.ep} a rank, in {len(plan.spec.moe_layers)} MoE layers",
             "placement": f"generation {plan.placement.generation}, digest {plan.placement.digest[:16]}",
@@ -385,6 +398,16 @@ def describe_balancing(balancer: LoadBalancerConfig, redundant: int) -> str:
     if not redundant:
         text += "; no redundant slot: experts can only change places, and no expert's tokens can be split"
     return text
+
+
+def _all_to_all(plan: EnginePlan) -> str:
+    """The transport's name, and the shared memory that it takes of a rank."""
+    if plan.all_to_all != "one_sided" or plan.num_slots is None:
+        return plan.all_to_all
+    ranks = plan.layout.ep
+    nbytes = EpLayout(window_config(ranks, plan.num_slots // ranks, plan.dispatch_sizes())).nbytes
+    several_hosts = f" ({FALLBACK} between hosts)" if plan.config.moe_config.all_to_all == "auto" else ""
+    return f"one_sided{several_hosts}, {nbytes / 1024**2:.1f} MiB of shared memory a rank at most"
 
 
 def _capacity(plan: EnginePlan, memory_bytes: int, weights: int) -> str:

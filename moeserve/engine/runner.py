@@ -61,7 +61,13 @@ class Runner:
             routing = plan.config.moe_config.load_balancer.online.routing
             expert_map = ExpertMap(plan.placement, topology, self.mesh.ep.rank, self.device, routing)
             if self.mesh.ep.size > 1:
-                dispatcher = make_dispatcher(plan.all_to_all, self.mesh.ep, topology.slots_per_rank)
+                dispatcher = make_dispatcher(
+                    plan.all_to_all,
+                    self.mesh.ep,
+                    topology.slots_per_rank,
+                    plan.dispatch_sizes(),
+                    fall_back=plan.config.moe_config.all_to_all == "auto",
+                )
             self.expert_load = ExpertLoad(
                 len(plan.spec.moe_layers), plan.spec.moe.num_experts, plan.placement.num_slots, self.device
             )

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moeserve.comm.all_to_all import DISPATCHERS, make_dispatcher
+from moeserve.comm.all_to_all import NAMES, make_dispatcher
 from moeserve.comm.all_to_all.local import LocalDispatcher
 from moeserve.comm.all_to_all.protocol import TokenDispatcher
 from moeserve.comm.all_to_all.reference import combine_all, dispatch_all
@@ -115,13 +115,13 @@ def check_repeated(rank: int, size: int, name: str) -> None:
 
 @pytest.mark.multi_rank
 @pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("name", sorted(DISPATCHERS))
+@pytest.mark.parametrize("name", NAMES)
 def test_equals_reference(rank_pool: GetPool, name: str, size: int) -> None:
     rank_pool(size).run(check_seeds, size, name, range(60))
 
 
 @pytest.mark.multi_rank
-@pytest.mark.parametrize("name", sorted(DISPATCHERS))
+@pytest.mark.parametrize("name", NAMES)
 def test_one_dispatcher_for_many_steps(rank_pool: GetPool, name: str) -> None:
     rank_pool(4).run(check_repeated, 4, name)
 
@@ -134,12 +134,12 @@ def test_local_equals_reference(seed: int) -> None:
 
 def test_a_group_of_one_is_local() -> None:
     group = Mesh(ParallelLayout(), 0).ep
-    for name in DISPATCHERS:
+    for name in NAMES:
         assert isinstance(make_dispatcher(name, group, 4), LocalDispatcher)
 
 
 def test_unknown_name_is_refused() -> None:
-    with pytest.raises(ValueError, match="all_to_all = 'pigeon': must be one of exchange, gather"):
+    with pytest.raises(ValueError, match="all_to_all = 'pigeon': must be one of exchange, gather, one_sided"):
         make_dispatcher("pigeon", Mesh(ParallelLayout(), 0).ep, 4)
 
 

@@ -56,9 +56,14 @@ _RESULTS = {"ep_wait": ctypes.c_int, "ep_count": _LONG, "ep_take": _LONG}
 logger = logging.getLogger(__name__)
 
 
+def available() -> bool:
+    """Whether make_loops gives the compiled loops."""
+    return os.environ.get("MOESERVE_ONE_SIDED_NATIVE") != "0" and _library() is not None
+
+
 def make_loops(heap: SymmHeap, layout: EpLayout) -> Loops:
     """The compiled loops, or the plain ones when they are asked for or nothing can compile."""
-    path = None if os.environ.get("MOESERVE_ONE_SIDED_NATIVE") == "0" else _library()
+    path = _library() if available() else None
     return PlainLoops(heap, layout) if path is None else NativeLoops(heap, layout, path)
 
 
