@@ -75,7 +75,7 @@ class ExpertBalance:
         self.listeners: list[Callable[[int, LoadWindow], None]] = []  # told of each rank's reports
         self.ring = LoadRing()
         self.generations: dict[int, int] = {}  # of the placement, by rank
-        self._rank_tokens = np.zeros((len(PHASES), topology.num_ranks))
+        self._rank_tokens: Floats = np.zeros((len(PHASES), topology.num_ranks))
         self._next_line: float | None = None
 
     def follow(self, placement: Placement) -> None:
@@ -132,7 +132,8 @@ class ExpertBalance:
 
     def rank_tokens(self) -> Floats:
         """[2, G]: (token, choice) pairs given to each expert-parallel rank since the start, over all layers."""
-        return self._rank_tokens.copy()
+        tokens: Floats = self._rank_tokens.copy()
+        return tokens
 
     def _rank_load(self, load: Counts) -> Floats:
         """[..., L, G]: replicas take their shares, as the engine's routing table has it."""

@@ -110,6 +110,7 @@ def online_balancer(plan: EnginePlan, balance: ExpertBalance) -> OnlineBalancer 
         num_ranks=plan.layout.world_size,
         bytes_per_second=online.max_bytes_per_second,
         ranks_an_expert=plan.layout.etp,
+        survive_rank_loss=online.survive_rank_loss,
     )
     return OnlineBalancer(
         balance, bounds, lambda placement: RebalanceService(placement, balance.topology, settings)

@@ -63,14 +63,28 @@ def read_placement(
 
     def read() -> PlacementFile:
         found = parse_placement(parse_json(read_bytes(path)))
-        _expect("ep_size", found.ep_size, ep_size)
-        _expect("num_experts", found.placement.num_experts, num_experts)
-        _expect("layers", list(found.layers), None if layers is None else list(layers))
-        if found.model:
-            _expect("model", found.model, model or None)
+        check_made_for(found, ep_size=ep_size, num_experts=num_experts, layers=layers, model=model)
         return found
 
     return named(path, read)
+
+
+def check_made_for(
+    found: PlacementFile,
+    *,
+    ep_size: int | None = None,
+    num_experts: int | None = None,
+    layers: Sequence[int] | None = None,
+    num_slots: int | None = None,
+    model: str | None = None,
+) -> None:
+    """Raise ValueError unless what is given equals what the placement was made for; a file may leave the model out."""
+    _expect("ep_size", found.ep_size, ep_size)
+    _expect("num_experts", found.placement.num_experts, num_experts)
+    _expect("layers", list(found.layers), None if layers is None else list(layers))
+    _expect("num_slots", found.placement.num_slots, num_slots)
+    if found.model:
+        _expect("model", found.model, model or None)
 
 
 def parse_placement(document: Any) -> PlacementFile:
@@ -85,6 +99,10 @@ def parse_placement(document: Any) -> PlacementFile:
     ep_size = whole_number(document.get("ep_size"), "ep_size", 1)
     if num_slots % ep_size:
         raise ValueError(f"num_slots = {num_slots} is not divisible by ep_size = {ep_size}")
+    if num_slots < num_experts:
+        raise ValueError(
+            f"num_slots = {num_slots} is less than num_experts = {num_experts}: each needs a slot"
+        )
     layers = whole_numbers(document.get("layers"), "layers")
     if not layers or any(a >= b for a, b in zip(layers, layers[1:], strict=False)):
         raise ValueError("layers must be a list of ascending layer ids with one entry at least")

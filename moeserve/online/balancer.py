@@ -59,7 +59,7 @@ class Solver(Protocol):
 class OnlineSettings:
     """window_steps: steps whose counts make a window; windows: that the solver remembers. layers_per_step and
     bytes_per_second bound a migration. num_ranks: that answer an order. ranks_an_expert: that share one expert's
-    weights, so that a move is as many transfers."""
+    weights, so that a move is as many transfers. survive_rank_loss: no placement may leave an expert on one rank."""
 
     window_steps: int
     windows: int
@@ -67,6 +67,7 @@ class OnlineSettings:
     num_ranks: int
     bytes_per_second: float | None = None
     ranks_an_expert: int = 1
+    survive_rank_loss: bool = False
 
 
 class Busy(RuntimeError):
@@ -148,7 +149,17 @@ class OnlineBalancer:
         self._ask("requested", force=True)
 
     def plan(self, placement: Placement) -> MigrationPlan:
-        """From the placement in force to this one; slow for many moves, so not on the event loop's thread."""
+        """From the placement in force to this one; slow for many moves, so not on the event loop's thread.
+
+        With even routing the placement's own shares are left out. Raises ValueError where it cannot be served.
+        """
+        if self.settings.survive_rank_loss and not placement.survives_rank_loss(self.balance.topology):
+            raise ValueError(
+                "slot_to_expert leaves experts on one rank alone, and the engine was told survive_rank_loss; solve "
+                "with --survive-rank-loss"
+            )
+        if self.balance.routing == "even":
+            placement = Placement(placement.slot_to_expert, placement.num_experts, placement.generation)
         return plan_to(self.balance.placement, placement, self.balance.topology)
 
     def apply(self, plan: MigrationPlan, predicted: float | None = None) -> int | None:

@@ -57,7 +57,7 @@ def make_app(frontend: Frontend, settings: ServerSettings) -> FastAPI:
     )
     _add_openai_routes(app, frontend, settings)
     _add_probes(app, frontend)
-    add_balance_routes(app, frontend.balance)
+    add_balance_routes(app, frontend.balance, frontend.check_serving)
     source = None if frontend.balance is None else LiveSource(frontend.balance)
     app.mount("/dashboard", dashboard_app(source, lambda: frontend.draining or frontend.dead.is_set()))
     app.add_exception_handler(ApiError, _on_api_error)
@@ -163,6 +163,9 @@ def _add_probes(app: FastAPI, frontend: Frontend) -> None:
         ready, phase, reason = frontend.readiness()
         ages = {str(rank): round(age, 3) for rank, age in frontend.heartbeat_ages().items()}
         body = {"ready": ready, "phase": phase, "reason": reason, "heartbeat_age_seconds": ages}
+        if frontend.balance is not None:  # a dead balancer is told, but what is served is right
+            online = frontend.balance.online
+            body |= {"balancer": frontend.balance.state, "balancer_reason": online.trouble if online else ""}
         return _json(body, 200 if ready else 503)
 
     not_ready: dict[int | str, dict[str, Any]] = {503: {"description": "not ready; the body says why"}}

@@ -127,12 +127,7 @@ class Frontend:
 
     def check_admission(self, sequences: int = 1, tokens: int = 0) -> None:
         """Raises ApiError when that much new work would not be taken now."""
-        if self.dead.is_set():
-            raise engine_dead()
-        if self.draining:
-            raise unavailable("the server is shutting down and takes no new requests", "server_draining")
-        if not self.all_ready:
-            raise unavailable("the server is still loading the model", "server_loading")
+        self.check_serving()
         settings = self.settings
         places = settings.max_batch_size * self._link.num_replicas
         free = max(0, places - (len(self._sequences) - self._queued))
@@ -146,6 +141,15 @@ class Frontend:
             raise too_busy(
                 f"{self._queued_tokens} prompt tokens wait already, at most {limit} may; try again later"
             )
+
+    def check_serving(self) -> None:
+        """Raises ApiError 503 unless the engine is up and to stay."""
+        if self.dead.is_set():
+            raise engine_dead()
+        if self.draining:
+            raise unavailable("the server is shutting down and takes no new requests", "server_draining")
+        if not self.all_ready:
+            raise unavailable("the server is still loading the model", "server_loading")
 
     def cancel(self, generation: Generation) -> None:
         """Drops what still runs of the request and tells its ranks; used when the client has gone."""
