@@ -35,6 +35,7 @@ class ReplicaState:
     queued: bool = False  # has prompts that wait, perhaps for a seat or pages
     decoding: bool = False
     leaving: bool = False
+    order: int = 0  # to migrate experts, that it holds or carries out; 0 for none
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,13 @@ class Agreed:
 
     @property
     def quiet(self) -> bool:
-        """Nobody has anything to do: the ranks may sleep until a message comes."""
+        """No request has anything to do."""
         return self.idle and not any(state.waiting_prefill or state.queued for state in self.replicas)
+
+    @property
+    def may_sleep(self) -> bool:
+        """Not while one has an order: its migration goes on in steps without tokens too."""
+        return self.quiet and not any(state.order for state in self.replicas)
 
     @property
     def leaving(self) -> bool:
@@ -78,7 +84,7 @@ class Lockstep:
         if self.mesh.dp.size == 1:
             return Agreed((mine,), (mine.rows,) * self.mesh.tp.size)
         rows = self.mesh.dp.all_gather_ints([int(value) for value in astuple(mine)])
-        states = tuple(ReplicaState(row[0], *map(bool, row[1:])) for row in rows)
+        states = tuple(replace(ReplicaState(row[0], *map(bool, row[1:-1])), order=row[-1]) for row in rows)
         return Agreed(states, tuple(state.rows for state in states for _ in range(self.mesh.tp.size)))
 
 

@@ -26,6 +26,7 @@ from moeserve.messages import (
     AddRequest,
     EngineStats,
     FromRank,
+    Migrate,
     RankFailed,
     RankReady,
     SequenceOutput,
@@ -61,19 +62,23 @@ class Rank:
         self.steps = self.replica_tokens = self.busiest_tokens = 0
         self.refused: list[SequenceOutput] = []
         self.last_sent = 0.0
+        self.migrator = runner.new_migrator()
         self.experts = ExpertReporter.of(plan, runner.expert_load, self.rank)
 
     def serve(self) -> None:
         """Step until every replica was told to leave."""
         while self.step():
             pass
+        if self.migrator is not None:
+            self.migrator.abandon()
 
     def step(self) -> bool:
         """One step of the engine; False when it was the last."""
-        for message in self.lockstep.receive(timeout=HEARTBEAT_SECONDS if self.agreed.quiet else 0.0):
+        for message in self.lockstep.receive(timeout=HEARTBEAT_SECONDS if self.agreed.may_sleep else 0.0):
             self.apply(message)
         batch = self.next_batch()
         self.agreed = self.lockstep.agree(self.state(batch))
+        self.migrate()
         outputs: list[SequenceOutput] = []
         if not self.agreed.idle:
             results, experts = self.runner.run(batch, self.agreed)
@@ -91,6 +96,9 @@ class Rank:
                 )
         elif isinstance(message, AbortRequest):
             self.scheduler.abort(message.request_id)
+        elif isinstance(message, Migrate):
+            assert self.migrator is not None, "a model without experts has none to migrate"
+            self.migrator.offer(message)
         elif isinstance(message, Shutdown):
             self.leaving = True
             self.scheduler.abort_all()
@@ -112,7 +120,15 @@ class Rank:
             queued=self.scheduler.has_queue,
             decoding=batch.num_decode > 0,
             leaving=self.leaving,
+            order=0 if self.migrator is None else self.migrator.order,
         )
+
+    def migrate(self) -> None:
+        """Carry on with what experts are on their way, before the step that may use them."""
+        if self.migrator is not None:
+            orders = (state.order for state in self.agreed.replicas)
+            for message in self.migrator.step(orders, self.agreed.idle):
+                self.mail.send(message)
 
     def count(self, agreed: Agreed) -> None:
         tp = self.runner.mesh.tp.size

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from moeserve import device as devices
 from moeserve.comm.all_to_all import make_dispatcher
 from moeserve.comm.mesh import Mesh
+from moeserve.comm.weight_mover.exchange import ExchangeMover
 from moeserve.engine.batch import make_batch
 from moeserve.engine.lockstep import Agreed
 from moeserve.engine.page_pool import PagePool
@@ -24,6 +25,7 @@ from moeserve.eplb.types import Topology
 from moeserve.models.checkpoint import load
 from moeserve.models.decoder import Decoder
 from moeserve.moe.expert_map import ExpertMap
+from moeserve.moe.migrator import Migrator
 from moeserve.ops import native
 from moeserve.stats.expert_load import ExpertLoad
 
@@ -113,6 +115,19 @@ class Runner:
             enable_chunked_prefill=config.enable_chunked_prefill,
             eos_token_ids=self.plan.eos_token_ids,
             vocab_size=self.plan.spec.vocab_size,
+        )
+
+    def new_migrator(self) -> Migrator | None:
+        """None for a model without experts."""
+        model = self.model
+        if model.expert_map is None:
+            return None
+        slots_per_rank = model.expert_map.topology.slots_per_rank
+        return Migrator(
+            self.mesh,
+            model.expert_map,
+            [experts.slot_tensors() for experts in model.expert_weights],
+            lambda: ExchangeMover(self.mesh.ep, slots_per_rank),
         )
 
     def run(

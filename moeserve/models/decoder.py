@@ -23,6 +23,7 @@ from moeserve.models.mlp import TensorParallelMlp
 from moeserve.models.sharding import check_layout
 from moeserve.models.spec import DenseMlp, GroupedAttention, LayerSpec, ModelSpec
 from moeserve.moe.expert_map import ExpertMap
+from moeserve.moe.expert_weights import ExpertWeights
 from moeserve.moe.layer import MoeLayer, StepRows, step_rows
 from moeserve.ops.table import Ops, choose_ops
 from moeserve.stats.expert_load import ExpertLoad
@@ -129,6 +130,12 @@ class Decoder:
         size, context = self._context.mesh.tp.size, self._context
         shapes = [kv_cache_shape(layer.attention, size, num_pages, page_size) for layer in self.spec.layers]
         return [torch.zeros(shape, dtype=context.dtype, device=context.device) for shape in shapes]
+
+    @property
+    def expert_weights(self) -> list[ExpertWeights]:
+        """Of each MoE layer."""
+        blocks = (layer.feed_forward for layer in self.layers)
+        return [block.experts for block in blocks if isinstance(block, MoeLayer)]
 
     def pieces(self, present: Container[str]) -> Iterator[Piece]:
         """Every tensor that the model's checkpoint must have; present: the names it does have."""

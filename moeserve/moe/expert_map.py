@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -84,24 +84,23 @@ class ExpertMap:
         row = self.placement.slot_to_expert[layer, start : start + self.topology.slots_per_rank]
         return [int(expert) for expert in row]
 
-    def switch_layer(self, layer: int, new: Placement) -> None:
-        """From the next look-up on, one layer follows `new`; its weights must already be in their slots.
-
-        The placement in force becomes the old one with this layer's row of the new one; its generation is the
-        new one's once every row agrees.
-        """
-        slots = self.placement.slot_to_expert.copy()
-        shares = self.placement.share.copy()
-        slots[layer], shares[layer] = new.slot_to_expert[layer], new.share[layer]
-        done = np.array_equal(slots, new.slot_to_expert) and np.array_equal(shares, new.share)
-        generation = new.generation if done else self.placement.generation
-        self.placement = Placement(slots, new.num_experts, generation, shares)
+    def view(self, layer: int, new: Placement) -> Tensor | SplitTable:
+        """What look_up would go by for one layer under `new`: for switch. Changes nothing."""
         if self.routing == "step":
-            self._splits[layer] = self._split(new, layer)
-        else:
-            row = slice(layer, layer + 1)
-            alone = Placement(new.slot_to_expert[row], new.num_experts, new.generation, new.share[row])
-            self._table[layer].copy_(self._columns_of(alone)[0])
+            return self._split(new, layer)
+        row = slice(layer, layer + 1)
+        alone = Placement(new.slot_to_expert[row], new.num_experts, new.generation, new.share[row])
+        return self._columns_of(alone)[0].to(self._device)
+
+    def switch(self, new: Placement, views: Mapping[int, Tensor | SplitTable]) -> None:
+        """From the next look-up on `new` is in force. It differs from the placement until now in these layers
+        alone; they follow their views of it, and its weights must already be in their slots."""
+        for layer, view in views.items():
+            if isinstance(view, SplitTable):
+                self._splits[layer] = view
+            else:
+                self._table[layer].copy_(view)
+        self.placement = new
 
     def _columns_of(self, placement: Placement) -> Tensor:
         """int64 [L, E, C]: the routing table of a placement, or of some of its layers."""

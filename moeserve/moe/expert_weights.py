@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterator, Sequence
 
+from torch import Tensor
+
 from moeserve.layers.context import LayerContext, Piece, share
 from moeserve.models.spec import MoeMlp
 
@@ -23,6 +25,10 @@ class ExpertWeights:
         self._width = moe.intermediate_size // etp.size
         self.gate_up = context.empty(len(slot_experts), 2 * self._width, hidden_size)
         self.down = context.empty(len(slot_experts), hidden_size, self._width)
+
+    def slot_tensors(self) -> list[Tensor]:
+        """All that the expert of a slot consists of on this rank, each [S, ...]."""
+        return [self.gate_up, self.down]
 
     def pieces(self, present: Container[str]) -> Iterator[Piece]:
         """One tensor an expert, or stacked [E, ...] tensors where the checkpoint has these."""

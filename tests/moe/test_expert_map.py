@@ -10,6 +10,7 @@ import torch
 
 from moeserve.eplb.types import Placement, Topology
 from moeserve.moe.expert_map import ExpertMap, Routing
+from moeserve.moe.migration import placement_after
 
 TOPOLOGY = Topology(num_ranks=2, slots_per_rank=3)
 OLD = Placement(np.array([[0, 1, 2, 3, 0, 0], [3, 2, 1, 0, 1, 2]]), 4, generation=4)
@@ -83,7 +84,8 @@ def test_switching_layer_by_layer(routing: Routing) -> None:
     experts = torch.tensor([[0], [1], [2], [3]])
     expert_map.begin_step(all_valid(4))
     before = expert_map.look_up(0, experts)
-    expert_map.switch_layer(1, NEW)
+    between = placement_after(OLD, [1], NEW)
+    expert_map.switch(between, {1: expert_map.view(1, between)})
     assert expert_map.generation == 4 and expert_map.digest not in (OLD.digest, NEW.digest)
     assert torch.equal(expert_map.look_up(0, experts), before)
     slots = expert_map.look_up(1, experts).flatten()
@@ -91,7 +93,7 @@ def test_switching_layer_by_layer(routing: Routing) -> None:
     threes = torch.full((60, 1), 3)
     expert_map.begin_step(all_valid(60))
     assert set(expert_map.look_up(1, threes).flatten().tolist()) == {3}
-    expert_map.switch_layer(0, NEW)
+    expert_map.switch(NEW, {0: expert_map.view(0, NEW)})
     assert (expert_map.generation, expert_map.digest) == (5, NEW.digest)
     assert set(expert_map.look_up(0, threes).flatten().tolist()) == ({3} if routing == "step" else {3, 4, 5})
     assert expert_map.local_experts(0) == [3, 3, 3]

@@ -1,0 +1,376 @@
+"""Experts move while requests run: no token changes, and slots hold what a fresh start would have put there.
+
+Whole engines step on a pool's ranks, from a script: requests and orders come at given steps, so a run without
+migrations has the same batches as one with them.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from moeserve.comm.group import Group
+from moeserve.comm.spawn import RankPool
+from moeserve.comm.weight_mover.exchange import ExchangeMover
+from moeserve.config import EMBEDDED_MODEL, EngineConfig, parse
+from moeserve.engine.rank import Rank
+from moeserve.engine.runner import Runner
+from moeserve.eplb.migration import plan_migration
+from moeserve.eplb.types import Placement, Topology
+from moeserve.launch import RankPlace
+from moeserve.messages import (
+    AbortRequest,
+    AddRequest,
+    FromRank,
+    LayerOrder,
+    LayersSwitched,
+    Migrate,
+    Migrated,
+    SamplingParams,
+    Shutdown,
+    StepDone,
+    ToRank,
+    encode,
+)
+from moeserve.plan import EnginePlan, make_plan
+
+GetPool = Callable[[int], RankPool]
+pytestmark = pytest.mark.multi_rank
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "tp": {},
+    "dp": {"enable_attention_dp": True},
+    "etp": {"moe_tensor_parallel_size": 2, "moe_expert_parallel_size": 2},
+    "dp etp": {
+        "enable_attention_dp": True,
+        "moe_tensor_parallel_size": 2,
+        "moe_expert_parallel_size": 2,
+    },
+    "mixed": {"enable_attention_dp": True, "attention_tensor_parallel_size": 2},
+    "etp alone": {"moe_tensor_parallel_size": 4},
+    "dp gather": {"enable_attention_dp": True, "moe_config": {"all_to_all": "gather"}},
+}
+SLOTS = {"embedded": 40, "mixtral": 8}  # others have 8 experts in 12 slots
+FAMILIES = ("deepseek_v2", "deepseek_v2_groups", "deepseek_v3", "qwen3_moe", "mixtral")
+
+
+@dataclass
+class Script:
+    """What happens to an engine, step by step; the same on every rank.
+
+    arrivals: (step, replica, request); aborts: (step, replica, request id). every: a new random placement is
+    ordered so many steps after the last one is in force, 0: never. layers: that a random placement changes.
+    """
+
+    arrivals: list[tuple[int, int, AddRequest]]
+    aborts: list[tuple[int, int, str]] = field(default_factory=list)
+    every: int = 0
+    layers_per_step: int = 1
+    bytes_per_second: float | None = None
+    spoil: tuple[int, int] | None = None  # (order, rank): the first bytes that this rank gets in this order
+    stop: tuple[int, int] | None = None  # (order, rank): this rank is stopped for a second once it has begun
+    most_steps: int = 4000
+
+    @property
+    def last_step(self) -> int:
+        """At which something comes: orders come no later."""
+        return max(event[0] for event in (*self.arrivals, *self.aborts))
+
+
+@dataclass
+class Outcome:
+    tokens: dict[str, list[int]]
+    answers: list[Migrated]
+    switched: list[LayersSwitched]
+    steps: int
+    digest: str
+
+
+class ScriptedMail:
+    """Takes what the script brings at a step, keeps what the rank says."""
+
+    def __init__(self) -> None:
+        self.incoming: list[bytes] = []
+        self.said: list[FromRank] = []
+
+    def bring(self, message: ToRank) -> None:
+        self.incoming.append(encode(message))
+
+    def take(self, timeout: float) -> list[bytes]:
+        taken, self.incoming = self.incoming, []
+        return taken
+
+    def send(self, message: FromRank) -> None:
+        self.said.append(message)
+
+
+def start_engine(rank: int, plan: EnginePlan, mail: ScriptedMail) -> Rank:
+    size = plan.layout.world_size
+    runner = Runner(plan, RankPlace(rank, rank, size, size, ("", 0), ""))
+    return Rank(plan, runner, runner.new_scheduler(), mail)
+
+
+def run_engine(rank: int, plan: EnginePlan, script: Script) -> Outcome:
+    """The script to its end, then on without work until no order is left, then a shutdown."""
+    mail = ScriptedMail()
+    engine = start_engine(rank, plan, mail)
+    replica = rank // plan.layout.tp
+    contents = Contents(engine)
+    orders = Orders(engine, script)
+    unfinished = {request.request_id for _, _, request in script.arrivals}
+    tokens: dict[str, list[int]] = {}
+    step = 0
+    leaving = False
+    while True:
+        if engine.is_leader:
+            for at, where, request in script.arrivals:
+                if (at, where) == (step, replica):
+                    mail.bring(request)
+            for at, where, name in script.aborts:
+                if (at, where) == (step, replica):
+                    mail.bring(AbortRequest(name))
+            if (order := orders.due(step, replica)) is not None:
+                mail.bring(order)
+        if leaving and engine.is_leader:
+            mail.bring(Shutdown())
+        orders.meddle(rank)
+        go_on = engine.step()
+        step += 1
+        for message in mail.said:
+            if isinstance(message, StepDone):
+                for output in message.outputs:
+                    assert output.error is None, output.error
+                    tokens.setdefault(output.request_id, []).extend(output.token_ids)
+            elif isinstance(message, LayersSwitched | Migrated):
+                orders.heard(message, step)
+        mail.said.clear()
+        contents.check()
+        if not go_on:
+            break
+        leaving = step > script.last_step + plan.layout.dp and engine.agreed.quiet and orders.over
+        assert step < script.most_steps, (step, unfinished - set(tokens), orders)
+    assert engine.migrator is not None and engine.migrator.order == 0
+    expert_map = engine.runner.model.expert_map
+    assert expert_map is not None
+    return Outcome(tokens, orders.answers, orders.switched, step, expert_map.digest)
+
+
+class Orders:
+    """Forces random placements, one after another, on an engine that is the same on all ranks."""
+
+    def __init__(self, engine: Rank, script: Script) -> None:
+        self.engine, self.script = engine, script
+        self.number = 1
+        self.next_at = script.every
+        self.pending: Migrate | None = None
+        self.answers: list[Migrated] = []
+        self.switched: list[LayersSwitched] = []
+        self.stopped = False
+        self.spoiling = 0
+
+    @property
+    def over(self) -> bool:
+        assert self.engine.migrator is not None
+        return self.engine.migrator.order == 0 and self.pending is None
+
+    def due(self, step: int, replica: int) -> Migrate | None:
+        """Replicas get an order one step after another."""
+        if not self.script.every or self.next_at > self.script.last_step or step < self.next_at + replica:
+            return None
+        if len(self.answers) >= self.number or self.pending is not None:
+            return None
+        expert_map = self.engine.runner.model.expert_map
+        assert expert_map is not None
+        current, topology = expert_map.placement, expert_map.topology
+        self.pending = make_order(self.number, current, random_placement(current, self.number), topology)
+        self.pending = replaced(self.pending, self.script)
+        return self.pending
+
+    def heard(self, message: LayersSwitched | Migrated, step: int) -> None:
+        if isinstance(message, LayersSwitched):
+            self.switched.append(message)
+            return
+        assert message.order == self.number
+        self.answers.append(message)
+        self.number += 1
+        self.next_at = step + self.script.every
+        self.pending = None
+
+    def meddle(self, rank: int) -> None:
+        """A stopped rank, a spoiled transfer."""
+        migrator = self.engine.migrator
+        assert migrator is not None
+        running = migrator._run is not None and self.number
+        if self.script.stop == (running, rank) and not self.stopped:
+            self.stopped = True
+            waker = f"import os, time; time.sleep(1); os.kill({os.getpid()}, {int(signal.SIGCONT)})"
+            subprocess.Popen([sys.executable, "-c", waker])
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if self.script.spoil == (running, rank) and not self.spoiling:
+            self.spoiling = 1
+            assert migrator._run is not None
+            for mover in migrator._run._movers:
+                assert isinstance(mover, ExchangeMover)
+                mover._group = Spoiled(mover._group)
+
+
+class Spoiled(Group):
+    """The first bytes that come are not what was sent."""
+
+    def __init__(self, group: Group) -> None:
+        super().__init__(group.rank, group.ranks, group._control, group._wires)
+        self.left = 1
+
+    def all_to_all(self, x: Tensor, send_sizes: Sequence[int], receive_sizes: Sequence[int]) -> Tensor:
+        out = super().all_to_all(x, send_sizes, receive_sizes)
+        if len(out) and self.left:
+            self.left = 0
+            out[len(out) // 2] ^= 1
+        return out
+
+
+def random_placement(current: Placement, seed: int) -> Placement:
+    """Anything, for some of the layers; for the others perhaps other shares."""
+    rng = np.random.default_rng(seed)
+    experts, slots = current.num_experts, current.num_slots
+    rows, shares = current.slot_to_expert.copy(), current.share.copy()
+    for layer in range(current.num_layers):
+        kind = rng.integers(4)
+        if kind == 0:
+            continue
+        if kind > 1:
+            more = rng.integers(0, experts, slots - experts)
+            rows[layer] = rng.permutation(np.concatenate([np.arange(experts), more]))
+        weight = rng.random(slots)
+        total = np.bincount(rows[layer], weights=weight, minlength=experts)
+        shares[layer] = weight / total[rows[layer]]
+    return Placement(rows, experts, current.generation + 1, shares)
+
+
+def make_order(number: int, old: Placement, new: Placement, topology: Topology) -> Migrate:
+    plan = plan_migration(old, new, topology)
+    layers = [
+        LayerOrder(
+            layer,
+            new.slot_to_expert[layer].tolist(),
+            new.share[layer].tolist(),
+            [(move.source_slot, move.target_slot) for moves in rounds for move in moves],
+        )
+        for layer, rounds in plan.layers
+    ]
+    return Migrate(number, old.generation, old.digest, new.generation, new.digest, layers)
+
+
+def replaced(order: Migrate, script: Script) -> Migrate:
+    return Migrate(
+        *(order.order, order.old_generation, order.old_digest, order.generation, order.digest, order.layers),
+        script.layers_per_step,
+        script.bytes_per_second,
+    )
+
+
+class Contents:
+    """What each expert's weights are, gathered at the start; whether the slots hold what the placement says."""
+
+    def __init__(self, engine: Rank) -> None:
+        expert_map = engine.runner.model.expert_map
+        assert expert_map is not None
+        self.map, self.mesh = expert_map, engine.runner.mesh
+        self.weights = [experts.slot_tensors() for experts in engine.runner.model.expert_weights]
+        self.experts: list[list[Tensor]] = []
+        for layer, tensors in enumerate(self.weights):
+            first = [
+                list(expert_map.placement.slot_to_expert[layer]).index(e) for e in range(self.num_experts)
+            ]
+            self.experts.append([self.mesh.ep.all_gather(t.clone())[first] for t in tensors])
+        self.checked = ""
+
+    @property
+    def num_experts(self) -> int:
+        return self.map.placement.num_experts
+
+    def check(self) -> None:
+        if self.checked == self.map.digest:
+            return
+        self.checked = self.map.digest
+        for layer, tensors in enumerate(self.weights):
+            held = self.map.local_experts(layer)
+            for tensor, experts in zip(tensors, self.experts[layer], strict=True):
+                assert torch.equal(tensor, experts[held]), f"layer {layer} after {self.map.digest}"
+
+
+def make_script(plan: EnginePlan, seed: int = 0, requests: int = 32, spread: int = 40, **more: Any) -> Script:
+    """Requests that come over `spread` steps, some of which are dropped half-way; prompts share beginnings."""
+    rng = random.Random(seed)
+    vocab = plan.spec.vocab_size
+    beginning = [rng.randrange(vocab) for _ in range(12)]
+    script = Script([], **more)
+    for number in range(requests):
+        prompt = beginning[: rng.choice((0, 8, 12))] + [
+            rng.randrange(vocab) for _ in range(rng.randint(1, 14))
+        ]
+        sampled = rng.random() < 0.5
+        params = SamplingParams(
+            max_tokens=rng.randint(1, 24), temperature=0.8 if sampled else 0.0, seed=number, ignore_eos=True
+        )
+        at, replica = rng.randrange(spread), number % plan.layout.dp
+        script.arrivals.append((at, replica, AddRequest(f"{number}", prompt, params)))
+        if rng.random() < 0.15:
+            script.aborts.append((at + rng.randint(1, 20), replica, f"{number}"))
+    return script
+
+
+def engine_plan(model: Path, slots: int, **settings: Any) -> EnginePlan:
+    balancer = {"load_balancer": {"num_slots": slots}}
+    values: dict[str, Any] = {
+        "model": str(model),
+        "tensor_parallel_size": 4,
+        "max_num_tokens": 24,
+        "max_batch_size": 16,
+        "kv_cache_config": {"max_tokens": 512, "tokens_per_block": 4},
+        **settings,
+    }
+    values["moe_config"] = {**values.get("moe_config", {}), **balancer}
+    return make_plan(parse(EngineConfig, values))
+
+
+def run_script(pool: RankPool, plan: EnginePlan, script: Script) -> list[Outcome]:
+    outcomes: list[Outcome] = pool.run(run_engine, plan, script, timeout=240)
+    return outcomes
+
+
+def all_tokens(outcomes: Sequence[Outcome]) -> dict[str, list[int]]:
+    return {name: tokens for outcome in outcomes for name, tokens in outcome.tokens.items()}
+
+
+def applied(outcomes: Sequence[Outcome]) -> list[Migrated]:
+    """Rank 0's answers, after a look at what the others say."""
+    first = outcomes[0].answers
+    for outcome in outcomes:
+        views = [(a.order, a.result, a.layers_done, a.generation, a.digest) for a in outcome.answers]
+        assert views == [(a.order, a.result, a.layers_done, a.generation, a.digest) for a in first]
+        assert outcome.digest == outcomes[0].digest
+    return first
+
+
+def test_no_token_changes_while_experts_move(rank_pool: GetPool) -> None:
+    pool = rank_pool(4)
+    plan = engine_plan(EMBEDDED_MODEL, 40, **LAYOUTS["dp"])
+    still = run_script(pool, plan, make_script(plan))
+    moved = run_script(pool, plan, make_script(plan, every=3))
+    print(moved[0].steps, still[0].steps)
+    for answer in applied(moved):
+        print(answer)
+    assert all_tokens(moved) == all_tokens(still)
