@@ -33,9 +33,21 @@ class Control(Protocol):
     @property
     def size(self) -> int: ...
 
+    @property
+    def ranks(self) -> Sequence[int]:
+        """Their numbers in the job."""
+        ...
+
     def all_gather_ints(self, values: Sequence[int]) -> list[list[int]]:
         """A few numbers of each rank, as many on every one -> those of all, by rank."""
         ...
+
+
+def agree(control: Control, problem: str) -> None:
+    """Every rank says what its problem is, "" for none. Raises HeapUnavailable on all of them if one has any."""
+    failed = [rank for rank, row in enumerate(control.all_gather_ints([bool(problem)])) if row[0]]
+    if failed:
+        raise HeapUnavailable(problem or f"rank {failed[0]} has no memory to share: its own message says why")
 
 
 @dataclass(frozen=True)
@@ -146,4 +158,13 @@ def _allocate(backend: str, nbytes: int, control: Control, device: torch.device)
         if device.type != "cpu":
             raise ValueError(f"device = {device}: backend 'shm' is CPU memory; use torch or fabric")
         return shm.allocate(nbytes, control)
-    raise NotImplementedError(backend)
+    if device.type != "cuda":
+        raise ValueError(f"device = {device}: backend {backend!r} is GPU memory; use shm")
+    if backend == "torch":
+        from moeserve.comm.symm import torch_symm
+
+        return torch_symm.allocate(nbytes, control, device)
+    from moeserve.comm.symm import fabric
+    from moeserve.comm.symm.cuda_driver import CudaDriver
+
+    return fabric.allocate(nbytes, control, lambda: CudaDriver(device))

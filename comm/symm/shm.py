@@ -10,14 +10,14 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
-import select
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from moeserve.comm import shared
-from moeserve.comm.symm.heap import Blocks, Control, HeapUnavailable
+from moeserve.comm.symm.heap import Blocks, Control, HeapUnavailable, agree
+from moeserve.comm.symm.lives import Lives
 
 SPARE_BYTES = 64 << 20
 """What must stay free beside the blocks."""
@@ -33,7 +33,7 @@ def allocate(nbytes: int, control: Control) -> Blocks:
     table = control.all_gather_ints([host, os.getpid()])
     _check_hosts([row[0] for row in table])
     pids = [row[1] for row in table]
-    _agree(control, _shortage(nbytes * control.size, control.size))
+    agree(control, _shortage(nbytes * control.size, control.size))
     own, problem = -1, ""
     try:
         own = _create(nbytes)
@@ -48,11 +48,11 @@ def allocate(nbytes: int, control: Control) -> Blocks:
     except OSError as error:
         problem = f"cannot open the shared memory of rank {len(blocks)}: {error}"
     try:
-        _agree(control, problem)
+        agree(control, problem)
     finally:
         if own >= 0:
             os.close(own)
-    lives = _Lives(pids)
+    lives = Lives(pids)
     return Blocks(blocks, lives.is_alive, lives.close)
 
 
@@ -116,13 +116,6 @@ def _shortage(needed: int, world: int) -> str:
     )
 
 
-def _agree(control: Control, problem: str) -> None:
-    """Raises on all ranks if one has a problem."""
-    failed = [rank for rank, row in enumerate(control.all_gather_ints([bool(problem)])) if row[0]]
-    if failed:
-        raise HeapUnavailable(problem or f"rank {failed[0]} has no shared memory: see its message")
-
-
 def _create(nbytes: int) -> int:
     descriptor = os.memfd_create("moeserve-heap", os.MFD_CLOEXEC)
     try:
@@ -141,33 +134,6 @@ def _map(pid: int, descriptor: int, nbytes: int) -> Tensor:
     finally:
         os.close(opened)
     return torch.frombuffer(memory, dtype=torch.uint8)
-
-
-class _Lives:
-    """Which of the processes still run."""
-
-    def __init__(self, pids: list[int]) -> None:
-        self._descriptors: list[int] = []
-        self._polls: list[select.poll | None] = []
-        for pid in pids:
-            poll = None  # of a process that is gone already
-            with contextlib.suppress(ProcessLookupError):
-                self._descriptors.append(os.pidfd_open(pid))
-                poll = select.poll()
-                poll.register(self._descriptors[-1], select.POLLIN)
-            self._polls.append(poll)
-
-    def is_alive(self, rank: int) -> bool:
-        poll = self._polls[rank]
-        return poll is not None and not poll.poll(0)
-
-    def close(self) -> None:
-        descriptors, self._descriptors = self._descriptors, []
-        for descriptor in descriptors:
-            os.close(descriptor)
-
-    def __del__(self) -> None:
-        self.close()
 
 
 def _size(nbytes: int) -> str:

@@ -71,7 +71,7 @@ def test_wrong_arguments_are_named() -> None:
 class Faked:
     """Stands for a group of which this process is rank 0; changes what the other rank is seen to have said."""
 
-    rank, size = 0, 2
+    rank, size, ranks = 0, 2, (0, 1)
 
     def __init__(self, change: Callable[[int, Sequence[int]], Sequence[int]]) -> None:
         self._change = change
@@ -102,7 +102,7 @@ def test_ranks_of_two_hosts_are_refused() -> None:
 @on_x86
 def test_a_rank_without_memory_stops_all() -> None:
     short = Faked(lambda call, values: [1] if call == 2 else values)
-    with pytest.raises(HeapUnavailable, match="rank 1 has no shared memory"):
+    with pytest.raises(HeapUnavailable, match="rank 1 has no memory to share"):
         SymmHeap.create("shm", 0, 2, 8, short)
 
 
