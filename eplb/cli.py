@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 from moeserve import __version__
 from moeserve.eplb.commands import convert, replay, report, simulate, solve, sweep
+from moeserve.eplb.commands.common import ReportPage
 
 _COMMANDS: dict[
     str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], None], str]
@@ -34,13 +35,15 @@ _COMMANDS: dict[
 }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
+def main(argv: Sequence[str] | None = None, report_page: ReportPage | None = None) -> int:
+    """Run the command line; returns the exit code. report_page: makes the page of `report --report html=FILE` in
+    place of ours."""
     words = list(sys.argv[1:] if argv is None else argv)
     parser = _parser()
     if words and words[0] not in _COMMANDS and words[0] not in ("-h", "--help", "--version"):
         words.insert(0, "solve")
     options = parser.parse_args(words or ["--help"])
+    options.report_page = report_page
     try:
         options.run(options)
         sys.stdout.flush()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -14,6 +15,9 @@ from moeserve.eplb.load import ExpertLoad
 from moeserve.eplb.solver import explain
 from moeserve.eplb.table import on_terminal, working
 from moeserve.eplb.types import Placement, Topology
+
+ReportPage = Callable[[ExpertLoad, Topology, dict[str, Placement], int], str]
+"""From load, topology, placements by name (what stands first) and bytes of an expert's weights to a page."""
 
 
 def stats_argument(parser: argparse.ArgumentParser) -> None:

@@ -77,7 +77,13 @@ def run(options: argparse.Namespace) -> None:
         )
         parts += ["", wrap(title), render(head, rows, left=2)]
         moves = f"<p class=note>{title}</p>{table(head, rows)}"
-    page = placements_page(load, topology, placements, moves)
+    page = ""
+    if options.report.startswith("html="):
+        page = (
+            placements_page(load, topology, placements, moves)
+            if options.report_page is None
+            else options.report_page(load, topology, placements, options.expert_bytes)
+        )
     publish(options.report, "\n".join(parts), document, page, sys.stdout)
 
 
@@ -101,6 +107,9 @@ def _placements(options: argparse.Namespace, load: ExpertLoad) -> tuple[Topology
             options.num_slots = first.placement.num_slots
         if options.ranks_per_node is None and first.ranks_per_node:
             options.ranks_per_node = first.ranks_per_node
+    elif options.num_slots is None and options.redundant is None and options.ep_size in (None, load.ep_size):
+        recorded, ranks = load.placement, load.ep_size or 1
+        options.num_slots = -(-load.num_experts // ranks) * ranks if recorded is None else recorded.num_slots
     topology = topology_of(options, load)
     standing, name = in_force(load, topology)
     placements = {name: standing}

@@ -14,7 +14,7 @@ from moeserve.dashboard.recording import Recording
 from moeserve.eplb.load import ExpertLoad
 from moeserve.eplb.metrics import FORMULA, balance, moves_between, rank_load
 from moeserve.eplb.solver import explain
-from moeserve.eplb.types import Placement, Topology
+from moeserve.eplb.types import Floats, Placement, Topology
 
 HOLDOUT = 0.25
 """Part of the windows that are measured on and not solved with, as eplb-offline has it."""
@@ -32,7 +32,8 @@ class Proposal:
     """A solved placement. before and after: imbalance (mean over layers and windows) of the placement in force (of
     experts in order on another number of ranks) and of the solved one; held_out_*: on the last windows, with a
     placement solved without them. moves: experts that ranks would have to load, None where the number of slots
-    differs."""
+    differs; bytes: the same as weights. rank_bytes: the experts' weights on a rank, over all layers. Bytes are None
+    where an expert's are unknown."""
 
     ep_size: int
     slots_per_rank: int
@@ -46,6 +47,8 @@ class Proposal:
     held_out_after: float | None
     held_out_windows: int
     moves: int | None
+    bytes: int | None
+    rank_bytes: int | None
     survives_rank_loss: bool
     seconds: float
     digest: str
@@ -70,6 +73,7 @@ def verdict(recording: Recording, phase: str) -> dict[str, Any]:
         "worst_layer": load.layers[int(np.argmax(now.by_layer))],
         "waiting": round(1 - 1 / now.mean, 6),
         "recent": asdict(recording.recent[phase]) if phase in recording.recent else None,
+        "bytes_per_second": _transfer_rate(recording),
         "proposals": [],
     }
     if topology.num_ranks == 1:
@@ -88,6 +92,13 @@ def verdict(recording: Recording, phase: str) -> dict[str, Any]:
     return answer | {"state": "helps" if helps else "balanced", "proposals": [asdict(p) for p in found]}
 
 
+def _transfer_rate(recording: Recording) -> float | None:
+    """Bytes a second at which experts moved so far, None where none did."""
+    moved = [one for one in recording.rebalances if one["bytes"] and one["migration_seconds"]]
+    seconds = sum(one["migration_seconds"] for one in moved)
+    return sum(one["bytes"] for one in moved) / seconds if moved else None
+
+
 def what_if(
     recording: Recording, phase: str, ep_size: int, extra: int, policy: str, layer: int
 ) -> dict[str, Any]:
@@ -102,11 +113,8 @@ def what_if(
     load = recording.of_phase(phase)
     if not 0 <= layer < load.num_layers:
         raise ValueError(f"layer = {layer}: give 0 to {load.num_layers - 1}")
-    sizes = _sizes(load.num_experts, ep_size, recording.topology)
-    solved = [_propose(recording, load, size, policy) for size in sizes]
-    points = [proposal for proposal, _ in solved]
+    points, ranks = _solve_sizes(recording, load, ep_size, policy)
     chosen = min(extra, len(points) - 1)
-    ranks = rank_load(load.load.sum(axis=0), solved[chosen][1], sizes[chosen])[layer]
     return {
         "phase": phase,
         "policy": policy,
@@ -114,8 +122,33 @@ def what_if(
         "chosen": chosen,
         "knee": knee([point.expected for point in points]),
         "points": [asdict(point) for point in points],
-        "ranks": np.round(over_fair_share(ranks), 4).tolist(),
+        "ranks": np.round(ranks[chosen][layer], 4).tolist(),
     }
+
+
+def what_if_anywhere(recording: Recording, phase: str) -> dict[str, Any]:
+    """what_if of the ranks that there are with every number of slots and, as `ranks`, all layers of each."""
+    load = recording.of_phase(phase)
+    points, ranks = _solve_sizes(recording, load, recording.topology.num_ranks, "auto")
+    return {
+        "phase": phase,
+        "policy": "auto",
+        "knee": knee([point.expected for point in points]),
+        "points": [asdict(point) for point in points],
+        "ranks": [np.round(each, 4).tolist() for each in ranks],
+    }
+
+
+def _solve_sizes(
+    recording: Recording, load: ExpertLoad, ep_size: int, policy: str
+) -> tuple[list[Proposal], list[Floats]]:
+    """For each number of slots the proposal, and its load over fair share [L, G]."""
+    points, ranks = [], []
+    for size in _sizes(load.num_experts, ep_size, recording.topology):
+        point, placement = _propose(recording, load, size, policy)
+        points.append(point)
+        ranks.append(over_fair_share(rank_load(load.load.sum(axis=0), placement, size)))
+    return points, ranks
 
 
 def _sizes(num_experts: int, ep_size: int, topology: Topology) -> list[Topology]:
@@ -176,6 +209,8 @@ def _propose(
         held_out_after=held_after,
         held_out_windows=0 if late is None else late.num_windows,
         moves=moves,
+        bytes=moves * recording.expert_bytes if moves is not None and recording.expert_bytes else None,
+        rank_bytes=topology.slots_per_rank * load.num_layers * recording.expert_bytes or None,
         survives_rank_loss=solution.placement.survives_rank_loss(topology),
         seconds=round(seconds, 4),
         digest=solution.placement.digest,

@@ -1,23 +1,24 @@
-"""The panels that show what was counted, as JSON values. Knows no solver.
+"""The panels that show what was counted and what the balancer did, as JSON values. Knows no solver.
 
 Every ratio is load over fair share, which is the mean of its layer; the largest one over ranks is the imbalance.
 """
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from moeserve.dashboard.recording import Recording, Source
+from moeserve.dashboard.recording import Recording, Shown
 from moeserve.eplb.metrics import FORMULA, imbalance, rank_load, slot_load
-from moeserve.eplb.types import Floats
+from moeserve.eplb.types import Floats, Placement, Topology
 
 COLUMNS = ("rank", "expert", "slot")
 
 
-def summary(source: Source, recording: Recording | None) -> dict[str, Any]:
+def summary(source: Shown, recording: Recording | None) -> dict[str, Any]:
     """The head of the page: what is served or was recorded, and its windows by phase."""
     head = {
         "model": source.model,
@@ -51,15 +52,32 @@ def summary(source: Source, recording: Recording | None) -> dict[str, Any]:
         "top_k": load.top_k,
         "generation": placement.generation,
         "digest": placement.digest,
-        "routing": "even" if np.allclose(placement.share, placement.even_share, atol=1e-6) else "shares",
+        "routing": recording.routing
+        or ("even" if np.allclose(placement.share, placement.even_share, atol=1e-6) else "shares"),
         "survives_rank_loss": placement.survives_rank_loss(topology),
+        "on_one_rank": _on_one_rank(placement, topology),
+        "expert_bytes": recording.expert_bytes,
         "last_time": recording.last_time,
         "windows": windows,
         "recent": {
-            phase: {"mean": found.mean, "median": found.median, "worst": found.worst, "steps": found.steps}
+            phase: {
+                "mean": round(found.mean, 6),
+                "median": round(found.median, 6),
+                "worst": round(found.worst, 6),
+                "measured": found.measured_mean,
+                "steps": found.steps,
+            }
             for phase, found in recording.recent.items()
         },
     }
+
+
+def _on_one_rank(placement: Placement, topology: Topology) -> int:
+    """(layer, expert) pairs that are lost with a rank."""
+    held = np.zeros((placement.num_layers, placement.num_experts, topology.num_ranks), bool)
+    rank = np.arange(placement.num_slots) // topology.slots_per_rank
+    held[np.arange(placement.num_layers)[:, None], placement.slot_to_expert, rank] = True
+    return int((held.sum(axis=2) == 1).sum())
 
 
 def load_map(recording: Recording, phase: str, by: str, window: int | None) -> dict[str, Any]:
@@ -85,28 +103,77 @@ def load_map(recording: Recording, phase: str, by: str, window: int | None) -> d
 
 def history(recording: Recording, phase: str, layer: int) -> dict[str, Any]:
     """Imbalance of each window: the worst layer, the median of the layers, their mean, and the chosen layer (its
-    number in the file, from 0)."""
-    each = imbalance(recording.rank_load(phase))  # [W, L]
+    number in the file, from 0).
+
+    basis: "measured" where it is of what the ranks were really given, window by window; "placement" where all
+    windows are seen under the placement in force, as eplb-offline sees them: `in_force` is always the mean of that.
+    predicted: what the last rebalance before a window promised. rebalances: those applied, `at` the window from
+    which they were in force.
+    """
+    in_force = imbalance(recording.rank_load(phase))  # [W, L]
+    measured = recording.measured.get(phase)
+    each = in_force if measured is None else imbalance(measured)
     index = _layer(recording, layer)
+    applied = _applied(recording, phase)
+    predicted: list[float | None] = [None] * len(each)
+    for one in applied:
+        predicted[one["at"] :] = [one["predicted"]] * (len(each) - one["at"])
     return {
         "phase": phase,
         "layer": recording.load.layers[index],
+        "basis": "placement" if measured is None else "measured",
         "worst": _rounded(each.max(axis=1)),
         "median": _rounded(np.median(each, axis=1)),
         "mean": _rounded(each.mean(axis=1)),
         "chosen": _rounded(each[:, index]),
+        "in_force": _rounded(in_force.mean(axis=1)),
+        "predicted": predicted,
+        "rebalances": applied,
+    }
+
+
+def _applied(recording: Recording, phase: str) -> list[dict[str, Any]]:
+    """The rebalances that were applied while the phase's windows were counted, oldest first."""
+    starts = [_seconds(window.start_time) for window in recording.of_phase(phase).windows]
+    found = []
+    for one in reversed(recording.rebalances):
+        if one["result"] != "applied" or not starts or None in starts:
+            continue
+        at = sum(start <= one["time"] for start in starts if start is not None)
+        if at:
+            known = one["predicted"] if one.get("phase") == phase else None
+            found.append(
+                {"at": at, "generation": one["generation"], "predicted": known, "after": one["after"]}
+            )
+    return found
+
+
+def _seconds(time: str | None) -> float | None:
+    return None if time is None else datetime.fromisoformat(time.replace("Z", "+00:00")).timestamp()
+
+
+def rebalances(source: Shown, recording: Recording) -> dict[str, Any]:
+    """What the balancer decided, newest first, as /eplb/status has it, and what it brought in all."""
+    every = list(recording.rebalances)
+    applied = [one for one in every if one["result"] == "applied"]
+    net = [one["net_seconds"] for one in applied if one.get("net_seconds") is not None]
+    return {
+        "state": source.state,
+        "rebalances": every,
+        "applied": len(applied),
+        "net_seconds": round(sum(net), 6) if net else None,
+        "ranks_per_node": recording.topology.ranks_per_node,
     }
 
 
 def layer_detail(recording: Recording, phase: str, layer: int, window: int | None) -> dict[str, Any]:
-    """One layer: its ranks, and where each expert stands."""
+    """One layer: its ranks, where each expert stands, and what the last change of placement changed there."""
     index = _layer(recording, layer)
-    counts = _counts(recording, phase, window)[index : index + 1]
+    counts = _counts(recording, phase, window)[index]
     placement, topology = recording.placement, recording.topology
-    ranks = np.zeros((1, topology.num_ranks))
     slots = placement.slot_to_expert[index]
-    load = (counts[0, slots] * placement.share[index]).reshape(topology.num_ranks, -1)
-    ranks[0] = load.sum(axis=1)
+    load = counts[slots] * placement.share[index]
+    ranks = load.reshape(1, topology.num_ranks, -1).sum(axis=-1)
     return {
         "phase": phase,
         "window": window,
@@ -117,8 +184,24 @@ def layer_detail(recording: Recording, phase: str, layer: int, window: int | Non
         "slot_to_expert": slots.tolist(),
         "slots": _rounded(over_fair_share(load.reshape(1, -1))[0]),
         "share": [round(float(part), 4) for part in placement.share[index]],
-        "experts": _rounded(over_fair_share(counts.astype(np.float64))[0]),
-        "counts": counts[0].tolist(),
+        "experts": _rounded(over_fair_share(counts[None].astype(np.float64))[0]),
+        "counts": counts.tolist(),
+        "previous": _previous(recording, index, counts),
+    }
+
+
+def _previous(recording: Recording, index: int, counts: npt.NDArray[np.int64]) -> dict[str, Any] | None:
+    """The same counts under the placement before: its experts, and its ranks' load over fair share."""
+    before, topology = recording.previous, recording.topology
+    if before is None or before.num_slots != recording.placement.num_slots:
+        return None
+    slots = before.slot_to_expert[index]
+    ranks = (counts[slots] * before.share[index]).reshape(1, topology.num_ranks, -1).sum(axis=-1)
+    return {
+        "generation": before.generation,
+        "slot_to_expert": slots.tolist(),
+        "ranks": _rounded(over_fair_share(ranks)[0]),
+        "imbalance": round(float(imbalance(ranks)[0]), 6),
     }
 
 

@@ -1,13 +1,12 @@
-"""Where the dashboard's figures come from: a running engine, or a file of recorded expert load."""
+"""Where the dashboard's figures come from: what was recorded, and where it stands. Needs numpy alone."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -15,7 +14,9 @@ from moeserve.eplb.formats.detect import read_load
 from moeserve.eplb.load import ExpertLoad
 from moeserve.eplb.metrics import rank_load
 from moeserve.eplb.types import Floats, Placement, Topology
-from moeserve.expert_balance import ExpertBalance, Imbalance
+
+if TYPE_CHECKING:
+    from moeserve.expert_balance import Imbalance
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,7 +24,9 @@ class Recording:
     """Windows of expert load and the placement that they met. It does not change; version tells it from others.
 
     make_load: called once, from any thread. last_time: seconds since the epoch, of the newest count. recent:
-    imbalance of the last seconds of a running engine, by phase.
+    imbalance of the last seconds of a running engine, by phase. previous: the placement before the one in force.
+    rebalances: as /eplb/status has them, newest first. measured: by phase what the ranks were really given in each
+    window, [W, L, G], where slots were counted. expert_bytes: weights of an expert in a layer, 0 where unknown.
     """
 
     version: str
@@ -31,12 +34,21 @@ class Recording:
     placement: Placement
     topology: Topology
     last_time: float | None = None
-    recent: dict[str, Imbalance] = field(default_factory=dict)
+    recent: Mapping[str, Imbalance] = field(default_factory=dict)
+    previous: Placement | None = None
+    rebalances: tuple[dict[str, Any], ...] = ()
+    make_measured: Callable[[], dict[str, Floats]] = dict
+    expert_bytes: int = 0
+    routing: str | None = None
     _ranks: dict[str, Floats] = field(default_factory=dict, init=False)
 
     @cached_property
     def load(self) -> ExpertLoad:
         return self.make_load()
+
+    @cached_property
+    def measured(self) -> dict[str, Floats]:
+        return self.make_measured()
 
     def of_phase(self, phase: str) -> ExpertLoad:
         """The windows of this phase alone: mixed ones are a phase of their own here."""
@@ -52,7 +64,7 @@ class Recording:
         return self._ranks[phase]
 
 
-class Source(Protocol):
+class Shown(Protocol):
     """file: the name of what is shown, None for a running engine. state: of its balancer."""
 
     @property
@@ -68,42 +80,10 @@ class Source(Protocol):
     def version(self) -> str:
         """Another one when there is more to show."""
 
+
+class Source(Shown, Protocol):
     def read(self) -> Recording | None:
         """What there is now; None before the first count. Cheap."""
-
-
-class LiveSource:
-    """The counts of a running engine."""
-
-    file: str | None = None
-
-    def __init__(self, balance: ExpertBalance) -> None:
-        self.model = balance.model
-        self._balance = balance
-        self._begun = time.time_ns() // 1_000_000  # a server that starts again has other versions
-
-    @property
-    def state(self) -> str | None:
-        return self._balance.state
-
-    @property
-    def version(self) -> str:
-        windows = self._balance.ring.windows
-        newest = f"{len(windows)}.{windows[-1].end:.3f}" if windows else "0"
-        return f"{self._begun}.{self._balance.placement.generation}.{newest}"
-
-    def read(self) -> Recording | None:
-        balance, windows = self._balance, self._balance.ring.windows
-        if not windows:
-            return None
-        return Recording(
-            self.version,
-            lambda: balance.load_of(windows),
-            balance.placement,
-            balance.topology,
-            windows[-1].end,
-            {str(phase): found for phase, found in balance.imbalance().items()},
-        )
 
 
 class FileSource:
@@ -112,7 +92,13 @@ class FileSource:
     state: str | None = None
     version = "file"
 
-    def __init__(self, path: Path, ep_size: int | None = None, ranks_per_node: int | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        ep_size: int | None = None,
+        ranks_per_node: int | None = None,
+        expert_bytes: int = 0,
+    ) -> None:
         """ep_size, ranks_per_node: in place of the recorded ones. Raises ValueError as read_load does, and where
         the file does not say on how many ranks it was recorded."""
         load = read_load(path)
@@ -128,7 +114,7 @@ class FileSource:
         in_force = load.placement if load.placement is not None and ranks == load.ep_size else in_order
         self.model = load.model
         self.file: str | None = path.name
-        self._recording = Recording(self.version, lambda: load, in_force, topology)
+        self._recording = Recording(self.version, lambda: load, in_force, topology, expert_bytes=expert_bytes)
 
     def read(self) -> Recording:
         return self._recording

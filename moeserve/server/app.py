@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from moeserve import __version__
-from moeserve.dashboard.recording import LiveSource
+from moeserve.dashboard.live import LiveSource
 from moeserve.server import openai
 from moeserve.server.answer import GenerationResponse
 from moeserve.server.balance import add_balance_routes

@@ -7,7 +7,7 @@ import hashlib
 import socket
 import time
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import uvicorn
@@ -17,10 +17,12 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Mount, Route
 
 from moeserve.dashboard import advice, panels
+from moeserve.dashboard.page import self_contained
 from moeserve.dashboard.recording import Recording, Source
 from moeserve.eplb.formats.stats import format_stats
 from moeserve.server.errors import ApiError
 from moeserve.stats.dashboard import page_files
+from moeserve.stats.prometheus import prometheus_files
 
 TICK_SECONDS = 1.0
 VERDICT_SECONDS, WHAT_IF_SECONDS = 10.0, 30.0  # so old an answer of the solver may be while counts come in
@@ -44,10 +46,10 @@ def dashboard_app(source: Source | None, stopping: Callable[[], bool]) -> Starle
         return answers
 
     async def page(request: Request) -> Response:
-        return _file(request, "index.html")
+        return _file(request, "index.html", page_files())
 
     async def static(request: Request) -> Response:
-        return _file(request, request.path_params["name"])
+        return _file(request, request.path_params["name"], page_files())
 
     async def summary(request: Request) -> Response:
         if answers is None or source is None:
@@ -76,6 +78,11 @@ def dashboard_app(source: Source | None, stopping: Callable[[], bool]) -> Starle
         given = (_phase(request), _number(request, "layer", 0), _window(request))
         return _json(await known().give("layer", given, lambda found: panels.layer_detail(found, *given)))
 
+    async def rebalances(request: Request) -> Response:
+        return _json(
+            await known().give("rebalances", (), lambda found: panels.rebalances(cast(Source, source), found))
+        )
+
     async def what_if(request: Request) -> Response:
         recording = known().recording()
         given = (
@@ -95,17 +102,29 @@ def dashboard_app(source: Source | None, stopping: Callable[[], bool]) -> Starle
         recording = known().recording()
         return _json(await asyncio.to_thread(lambda: format_stats(recording.load).encode()))
 
+    async def page_file(request: Request) -> Response:
+        body = await known().solve(
+            "page", (), lambda found: self_contained(cast(Source, source), found), VERDICT_SECONDS
+        )
+        headers = {**HEADERS, "content-disposition": 'attachment; filename="expert-balance.html"'}
+        return Response(msgspec.json.decode(body, type=str), media_type="text/html", headers=headers)
+
+    async def prometheus(request: Request) -> Response:
+        return _file(request, request.path_params["name"], prometheus_files())
+
     async def events(request: Request) -> Response:
         return StreamingResponse(_ticks(source, stopping), media_type="text/event-stream", headers=HEADERS)
 
     data = {"summary": summary, "verdict": verdict, "map": load_map, "history": history, "layer": layer}
-    data |= {"what-if": what_if, "stats.json": stats}
+    data |= {"rebalances": rebalances, "what-if": what_if, "stats.json": stats}
+    data |= {"page.html": page_file}
     return Starlette(
         routes=[
             Route("/", page),
             Route("/events", events),
             Mount("/api", routes=[Route(f"/{name}", endpoint) for name, endpoint in data.items()]),
             Route("/static/{name}", static),
+            Route("/prometheus/{name}", prometheus),
         ],
         exception_handlers={ApiError: _on_api_error},
     )
@@ -201,8 +220,8 @@ def _number(request: Request, name: str, default: int) -> int:
     return int(text)
 
 
-def _file(request: Request, name: str) -> Response:
-    found = page_files().get(name)
+def _file(request: Request, name: str, files: dict[str, tuple[str, bytes]]) -> Response:
+    found = files.get(name)
     if found is None:
         raise ApiError(404, f"there is no {name} here", code="not_found")
     media_type, content = found

@@ -29,10 +29,11 @@ function axes(svg, width, height, low, high) {
 }
 
 /**
- * series: [{name, kind: worst|median|chosen, values}], one x for each value. names: of the x's. knee: an x to mark.
+ * series: [{kind: worst|median|mean|chosen|predicted, values}], one x for each value. names: of the x's. knee: an x
+ * to mark. events: [{at, label}], lines before the x that is `at`.
  * onPoint(i) is told where the pointer is, null where it is not; onPick(i) of a click.
  */
-export function lineChart(place, { series, names, label, xName, here, marks, knee, onPoint, onPick }) {
+export function lineChart(place, { series, names, label, xName, here, marks, knee, events = [], onPoint, onPick }) {
   const { svg, width, height } = frame(place, 220, label);
   const all = series.flatMap((one) => one.values).filter((value) => value !== null);
   const low = Math.min(1, ...all), high = Math.max(1.05, ...all) + (Math.max(1.05, ...all) - low) * 0.06;
@@ -47,6 +48,15 @@ export function lineChart(place, { series, names, label, xName, here, marks, kne
   });
   if (xName) svg.append(element("text", { x: width - RIGHT, y: height - 2, "text-anchor": "end" }, xName));
   if (here !== null && here !== undefined) svg.append(element("line", { class: "here", x1: x(here), x2: x(here), y1: TOP, y2: height - BOTTOM }));
+  let free = 0; // where the next label has room
+  for (const { at, label: words } of events) {
+    const place = Math.min(x(at - 0.5), width - RIGHT);
+    svg.append(element("line", { class: "event", x1: place, x2: place, y1: TOP, y2: height - BOTTOM }));
+    if (place < free) continue;
+    const left = place > width - 110;
+    svg.append(element("text", { class: "value", x: place + (left ? -4 : 4), y: TOP + 10, "text-anchor": left ? "end" : "start" }, words));
+    free = place + 7 * words.length + 12;
+  }
   for (const { kind, values } of series) {
     const points = values.map((value, i) => (value === null ? null : `${x(i).toFixed(1)},${y(value).toFixed(1)}`)).filter(Boolean);
     if (points.length > 1) svg.append(element("polyline", { class: `series ${kind}`, points: points.join(" ") }));
@@ -80,10 +90,10 @@ export function lineChart(place, { series, names, label, xName, here, marks, kne
   place.replaceChildren(svg);
 }
 
-/** values: load over fair share by rank. ghosts: the same under another placement, or null. */
+/** values: load over fair share by rank. ghosts: [{kind, values}], the same under other placements. */
 export function rankBars(place, { values, ghosts, label, dark, onPoint }) {
   const { svg, width, height } = frame(place, 200, label);
-  const high = Math.max(1.25, ...values, ...(ghosts ?? [])) * 1.05;
+  const high = Math.max(1.25, ...values, ...ghosts.flatMap((one) => one.values)) * 1.05;
   const y = axes(svg, width, height, 0, high);
   const step = (width - LEFT - RIGHT) / values.length;
   const bar = Math.min(60, step * 0.78);
@@ -91,16 +101,45 @@ export function rankBars(place, { values, ghosts, label, dark, onPoint }) {
   values.forEach((value, i) => {
     const middle = LEFT + step * (i + 0.5);
     const area = element("rect", { x: middle - step / 2, width: step, y: TOP, height: height - BOTTOM - TOP, fill: "transparent" });
-    const [r, g, b] = colour(value, dark);
-    svg.append(element("rect", { class: "bar", x: middle - bar / 2, width: bar, y: y(value), height: Math.max(0, y(0) - y(value)), fill: `rgb(${r},${g},${b})` }));
+    svg.append(element("rect", { class: "bar", x: middle - bar / 2, width: bar, y: y(value), height: Math.max(0, y(0) - y(value)), fill: `rgb(${colour(value, dark)})` }));
     if (i % room === 0) svg.append(element("text", { x: middle, y: height - BOTTOM + 15, "text-anchor": "middle" }, i));
-    if (ghosts) svg.append(element("line", { class: "ghost", x1: middle - bar / 2 - 2, x2: middle + bar / 2 + 2, y1: y(ghosts[i]), y2: y(ghosts[i]) }));
+    for (const { kind, values: other } of ghosts) {
+      svg.append(element("line", { class: kind, x1: middle - bar / 2 - 2, x2: middle + bar / 2 + 2, y1: y(other[i]), y2: y(other[i]) }));
+    }
     if (step > 44) svg.append(element("text", { class: "value", x: middle, y: y(0) - 6, "text-anchor": "middle" }, times(value)));
     area.addEventListener("pointerenter", () => onPoint(i));
     svg.append(area);
   });
   svg.append(element("line", { class: "fair", x1: LEFT, x2: width - RIGHT, y1: y(1), y2: y(1) }));
   svg.append(element("text", { x: width - RIGHT, y: height - 2, "text-anchor": "end" }, "rank; dashed: fair share"));
+  svg.addEventListener("pointerleave", () => onPoint(null));
+  place.replaceChildren(svg);
+}
+
+/** values: [from][to]; nodes: ranks of one. onPoint(from, to) of the cell that is pointed at, of none null. */
+export function matrix(place, { values, nodes, label, onPoint }) {
+  const count = values.length, room = Math.max(place.clientWidth, 200) - LEFT - RIGHT;
+  const cell = Math.max(3, Math.min(26, 420 / count, room / count)), size = cell * count;
+  const { svg } = frame(place, size + TOP + BOTTOM, label);
+  const most = Math.max(1, ...values.flat());
+  const every = Math.ceil(18 / cell);
+  values.forEach((row, from) => {
+    const y = TOP + from * cell;
+    if (from % every === 0) {
+      svg.append(element("text", { x: LEFT - 6, y: y + cell / 2 + 4, "text-anchor": "end" }, from));
+      svg.append(element("text", { x: LEFT + (from + 0.5) * cell, y: TOP + size + 14, "text-anchor": "middle" }, from));
+    }
+    row.forEach((value, to) => {
+      const shown = element("rect", { class: "cell", x: LEFT + to * cell, y, width: cell, height: cell, "fill-opacity": value ? 0.15 + 0.85 * (value / most) : 0 });
+      shown.addEventListener("pointerenter", () => onPoint(from, to));
+      svg.append(shown);
+    });
+  });
+  for (let edge = nodes; nodes < count && edge < count; edge += nodes) {
+    const at = edge * cell;
+    svg.append(element("line", { class: "border", x1: LEFT + at, x2: LEFT + at, y1: TOP, y2: TOP + size }));
+    svg.append(element("line", { class: "border", x1: LEFT, x2: LEFT + size, y1: TOP + at, y2: TOP + at }));
+  }
   svg.addEventListener("pointerleave", () => onPoint(null));
   place.replaceChildren(svg);
 }

@@ -1,26 +1,20 @@
 // The page: what is chosen, when figures are fetched, and which panel shows them.
 
+import { showChanges, showRebalances, showShares } from "./balancer.js";
 import { keys, lineChart, rankBars } from "./chart.js";
+import { ask, isFile, statsAddress } from "./data.js";
 import { LoadMap } from "./map.js";
 import { at, choice, expertSentence, fillTable, select, showFacts, showLegend, showSlots, showVerdict } from "./views.js";
-import { ago, count, plural, times, tokens, whatIfSentence, windowName } from "./words.js";
+import { ago, bytes, count, plural, times, tokens, whatIfSentence, windowName } from "./words.js";
 
 const REFRESH_MS = 2000, SOLVE_MS = 10000, LOST_MS = 3000;
 const COLUMNS = [["rank", "Ranks"], ["expert", "Experts"], ["slot", "Slots"]];
 const POLICIES = ["auto", "greedy", "fast", "robust", "connected", "hierarchical"];
 
 const chosen = { phase: null, by: "rank", layer: null, window: null, epSize: null, extra: 1, policy: "auto" };
-const got = { summary: null, map: null, history: null, layer: null, verdict: null, whatIf: null };
+const got = { summary: null, map: null, history: null, layer: null, rebalances: null, verdict: null, whatIf: null };
 const clock = { tick: 0, version: null, refreshed: 0, solved: 0, skew: 0 };
 const night = matchMedia("(prefers-color-scheme: dark)");
-
-async function fetchJson(name, parameters = {}) {
-  const query = new URLSearchParams(Object.entries(parameters).filter(([, value]) => value !== null));
-  const answer = await fetch(`api/${name}?${query}`);
-  const body = await answer.json();
-  if (!answer.ok) throw new Error(body.error?.message ?? `${name}: ${answer.status}`);
-  return body;
-}
 
 const windowsNow = () => got.summary.windows[chosen.phase];
 
@@ -58,7 +52,7 @@ function serial(work) {
 
 const refresh = serial(async () => {
   clock.refreshed = Date.now();
-  const summary = await fetchJson("summary");
+  const summary = await ask("summary");
   got.summary = summary;
   clock.version = summary.version;
   showFacts(summary);
@@ -75,14 +69,15 @@ const refresh = serial(async () => {
   settle(summary);
   const index = windowIndex();
   const where = { phase: chosen.phase, layer: chosen.layer, window: index };
-  const [map, history, layer] = await Promise.all([
-    fetchJson("map", { phase: chosen.phase, by: chosen.by, window: index }),
-    fetchJson("history", { phase: chosen.phase, layer: chosen.layer }),
-    fetchJson("layer", where),
+  const [map, history, layer, rebalances] = await Promise.all([
+    ask("map", { phase: chosen.phase, by: chosen.by, window: index }),
+    ask("history", { phase: chosen.phase, layer: chosen.layer }),
+    ask("layer", where),
+    ask("rebalances"),
   ]);
-  Object.assign(got, { map, history, layer });
+  Object.assign(got, { map, history, layer, rebalances });
   showAll();
-  if (Date.now() - clock.solved >= SOLVE_MS) solve();
+  if (isFile ? !got.whatIf || !clock.solved : Date.now() - clock.solved >= SOLVE_MS) solve();
 });
 
 const solve = serial(async () => {
@@ -90,12 +85,12 @@ const solve = serial(async () => {
   const { phase, policy, extra, layer, epSize } = chosen;
   if (got.verdict?.phase !== phase || got.verdict.version !== clock.version) {
     const version = clock.version;
-    got.verdict = { ...(await fetchJson("verdict", { phase })), version };
+    got.verdict = { ...(await ask("verdict", { phase })), version };
     if (phase === chosen.phase) showVerdict(got.verdict, got.summary);
   }
   at("what-if-text").classList.add("busy");
   try {
-    got.whatIf = await fetchJson("what-if", { phase, policy, extra, layer, ep_size: epSize });
+    got.whatIf = await ask("what-if", { phase, policy, extra, layer, ep_size: epSize });
     got.whatIf.failure = null;
   } catch (error) {
     if (error instanceof TypeError) throw error;
@@ -114,8 +109,8 @@ function settle(summary) {
   chosen.layer = Math.min(chosen.layer ?? 0, summary.layers.length - 1);
   chosen.epSize ??= summary.ep_size;
   const sizes = [...new Set([2, 4, 8, 16, 32, 64, 128, 256, summary.ep_size])].filter((size) => size <= summary.num_experts).sort((a, b) => a - b);
-  select(at("ep-size"), sizes.map((size) => [size, size]), chosen.epSize);
-  const policies = POLICIES.filter((name) => name !== "hierarchical" || summary.num_nodes > 1);
+  select(at("ep-size"), (isFile ? [summary.ep_size] : sizes).map((size) => [size, size]), chosen.epSize);
+  const policies = isFile ? ["auto"] : POLICIES.filter((name) => name !== "hierarchical" || summary.num_nodes > 1);
   select(at("policy"), policies.map((name) => [name, name]), chosen.policy);
   select(at("layer"), summary.layers.map((layer, index) => [index, layer]), chosen.layer);
   choice(at("phases"), phases.map((phase) => [phase, phase[0].toUpperCase() + phase.slice(1)]), chosen.phase, (phase) => {
@@ -141,6 +136,7 @@ function showAll() {
   showMap();
   showHistory();
   showLayer();
+  showRebalances(got.rebalances, (rows) => table("bytes", rows));
   showExport();
   const { phase, by, layer } = chosen;
   at("link-verdict").href = `api/verdict?phase=${phase}`;
@@ -204,19 +200,27 @@ function showMap() {
 function showHistory() {
   const { history } = got, names = windowsNow().map((window, i) => windowName(window, i)), place = at("history");
   if (history.worst.length !== names.length) return; // windows have come in between: the next refresh has both
-  const sentence = (i) => `${names[i]}: worst layer ${times(history.worst[i])}, median ${times(history.median[i])}, layer ${history.layer} ${times(history.chosen[i])}${tokens(windowsNow()[i].tokens)}`;
+  const measured = history.basis === "measured", promised = history.predicted.some((value) => value !== null);
+  const against = (i) => (promised && history.predicted[i] !== null ? `; promised ${times(history.predicted[i])}, mean ${times(history.mean[i])}` : "");
+  const sentence = (i) => `${names[i]}: worst layer ${times(history.worst[i])}, median ${times(history.median[i])}, layer ${history.layer} ${times(history.chosen[i])}${against(i)}${tokens(windowsNow()[i].tokens)}`;
+  const series = [["worst", history.worst, "worst layer"], ["median", history.median, "median layer"], ["chosen", history.chosen, `layer ${history.layer}`]];
+  if (promised) series.push(["mean", history.mean, "mean of the layers"], ["predicted", history.predicted, "mean that the balancer promised"]);
+  at("history-note").textContent = measured ? "Of what the ranks were really given, each window under the placement that it met."
+    : "Each window as the placement in force would spread it.";
   lineChart(place, {
-    series: [{ kind: "worst", values: history.worst }, { kind: "median", values: history.median }, { kind: "chosen", values: history.chosen }],
-    names,
+    series: series.map(([kind, values]) => ({ kind, values })), names, here: windowIndex(),
     label: "Imbalance of the worst layer, of the median layer and of the chosen layer, by window",
-    here: windowIndex(),
+    events: history.rebalances.map((one) => ({ at: one.at, label: `generation ${one.generation}` })),
     onPoint: (i) => { at("history-text").textContent = sentence(i ?? windowIndex() ?? names.length - 1); },
     onPick: (i) => pickWindow(i),
   });
-  place.append(keys([["worst", "worst layer"], ["median", "median layer"], ["chosen", `layer ${history.layer}`]]));
+  const entries = series.map(([kind, , words]) => [kind, words]);
+  if (history.rebalances.length) entries.push(["event", "a rebalance came into force"]);
+  place.append(keys(entries));
   at("history-text").textContent = sentence(windowIndex() ?? names.length - 1);
-  table("history", () => [["window", "tokens", "worst layer", "median", "mean", `layer ${history.layer}`],
-    names.map((name, i) => [name, count(windowsNow()[i].tokens), ...[history.worst, history.median, history.mean, history.chosen].map((line) => line[i].toFixed(3))])]);
+  const columns = [["mean", history.mean], ["placement in force", history.in_force], ["promised", history.predicted]];
+  table("history", () => [["window", "tokens", "worst layer", "median", `layer ${history.layer}`, ...columns.map(([name]) => name)],
+    names.map((name, i) => [name, count(windowsNow()[i].tokens), ...[history.worst, history.median, history.chosen, ...columns.map(([, line]) => line)].map((line) => line[i]?.toFixed(3) ?? "-")])]);
 }
 
 function showLayer() {
@@ -226,19 +230,24 @@ function showLayer() {
   const busiest = layer.ranks.indexOf(Math.max(...layer.ranks));
   at("layer-title").textContent = `Layer ${layer.layer}`;
   at("layer-sentence").textContent = layer.load ? `${layer.window === null ? "All windows together: rank" : "Rank"} ${busiest} carries ${times(layer.ranks[busiest])} its fair share, rank ${layer.ranks.indexOf(Math.min(...layer.ranks))} ${times(Math.min(...layer.ranks))}, of ${count(layer.load)} choices.` : "No load in this window.";
-  const ghosts = comparable ? whatIf.ranks : null;
-  const say = (i) => { at("ranks-text").textContent = `Rank ${i ?? busiest}: ${times(layer.ranks[i ?? busiest])} its fair share${ghosts ? `; ${times(ghosts[i ?? busiest])} with the placement of the what-if panel` : ""}`; };
+  const ghosts = [], before = layer.previous;
+  if (before) ghosts.push({ kind: "before", values: before.ranks, words: `before the last rebalance (generation ${before.generation})` });
+  if (comparable) ghosts.push({ kind: "ghost", values: whatIf.ranks, words: `all windows with the placement of the what-if panel (${whatIf.points[whatIf.chosen].redundant} redundant slots)` });
+  const say = (i) => { at("ranks-text").textContent = [`Rank ${i ?? busiest}: ${times(layer.ranks[i ?? busiest])} its fair share`, ...ghosts.map((one) => `${times(one.values[i ?? busiest])} ${one.words}`)].join("; "); };
   rankBars(at("ranks"), { values: layer.ranks, ghosts, label: `Load of each rank in layer ${layer.layer} over fair share`, dark: night.matches, onPoint: say });
   say(null);
-  if (ghosts) at("ranks").append(keys([["ghost", `all windows with the placement of the what-if panel (${whatIf.points[whatIf.chosen].redundant} redundant slots)`]]));
+  if (ghosts.length) at("ranks").append(keys(ghosts.map((one) => [one.kind, one.words])));
   const most = layer.experts.indexOf(Math.max(...layer.experts));
   const tell = (expert) => { at("slots-text").textContent = expertSentence(layer, summary, expert ?? most); };
   showSlots(layer, summary, night.matches, tell);
   tell(null);
+  showShares(layer, summary);
+  showChanges(layer, summary);
   const perRank = layer.slot_to_expert.length / summary.ep_size;
-  table("layer", () => [["expert", "choices", "over fair share", "slots", "ranks"], layer.counts.map((number, expert) => {
+  const was = (expert) => before.slot_to_expert.flatMap((held, slot) => (held === expert ? [slot] : [])).join(", ");
+  table("layer", () => [["expert", "choices", "over fair share", "slots", "ranks", "shares", ...(before ? ["slots before"] : [])], layer.counts.map((number, expert) => {
     const slots = layer.slot_to_expert.flatMap((held, slot) => (held === expert ? [slot] : []));
-    return [expert, count(number), layer.experts[expert].toFixed(2), slots.join(", "), slots.map((slot) => Math.floor(slot / perRank)).join(", ")];
+    return [expert, count(number), layer.experts[expert].toFixed(2), slots.join(", "), slots.map((slot) => Math.floor(slot / perRank)).join(", "), slots.map((slot) => layer.share[slot].toFixed(2)).join(", "), ...(before ? [was(expert)] : [])];
   })]);
 }
 
@@ -251,7 +260,7 @@ function showWhatIf() {
     return;
   }
   const point = whatIf.points[whatIf.chosen];
-    at("what-if-text").textContent = whatIfSentence(point, whatIf.knee === whatIf.chosen, point.ep_size === summary.ep_size);
+  at("what-if-text").textContent = whatIfSentence(point, whatIf.knee === whatIf.chosen, point.ep_size === summary.ep_size);
   const held = whatIf.points[0].held_out_after !== null;
   const series = [{ kind: "chosen", values: whatIf.points.map((p) => p.after) }];
   if (held) series.push({ kind: "median", values: whatIf.points.map((p) => p.held_out_after) });
@@ -261,28 +270,30 @@ function showWhatIf() {
   };
   say(null);
   lineChart(at("curve"), {
-    series, marks: true, knee: whatIf.knee, here: whatIf.chosen, xName: "slots a rank (redundant in all)",
-    names: whatIf.points.map((p) => `${p.slots_per_rank} (${p.redundant})`),
+    series, marks: true, knee: whatIf.knee, here: whatIf.chosen, xName: `slots a rank (redundant in all)${point.rank_bytes ? ", experts' weights on a rank" : ""}`,
+    names: whatIf.points.map((p) => `${p.slots_per_rank} (${p.redundant})${p.rank_bytes ? `, ${bytes(p.rank_bytes)}` : ""}`),
     label: "Imbalance by number of slots a rank", onPoint: say,
     onPick: (i) => { at("extra").value = i; at("extra").dispatchEvent(new Event("change")); },
   });
   const names = [["chosen", "all windows, solved on them"]];
   if (held) names.unshift(["median", `last ${plural(point.held_out_windows, "window")}, solved without them`]);
   at("curve").append(keys(names));
-  table("what-if", () => [["slots a rank", "redundant", "before", "after, all windows", "before, held out", "after, held out", "worst layer", "slots to load", "survives a lost rank", "policy"],
-    whatIf.points.map((p, i) => [`${p.slots_per_rank}${i === whatIf.knee ? " (knee)" : ""}`, p.redundant, p.before.toFixed(4), p.after.toFixed(4), p.held_out_before?.toFixed(4) ?? "-", p.held_out_after?.toFixed(4) ?? "-", p.after_worst.toFixed(4), p.moves ?? "-", p.survives_rank_loss ? "yes" : "no", p.policy])]);
+  table("what-if", () => [["slots a rank", "redundant", "before", "after, all windows", "before, held out", "after, held out", "worst layer", "experts to load", "bytes to load", "weights a rank", "survives a lost rank", "policy"],
+    whatIf.points.map((p, i) => [`${p.slots_per_rank}${i === whatIf.knee ? " (knee)" : ""}`, p.redundant, p.before.toFixed(4), p.after.toFixed(4), p.held_out_before?.toFixed(4) ?? "-", p.held_out_after?.toFixed(4) ?? "-", p.after_worst.toFixed(4), p.moves ?? "-", p.bytes === null ? "-" : bytes(p.bytes), p.rank_bytes === null ? "-" : bytes(p.rank_bytes), p.survives_rank_loss ? "yes" : "no", p.policy])]);
   showExport();
 }
 
 function showExport() {
   const { summary, whatIf } = got, point = whatIf?.points?.[whatIf.chosen];
-  const file = summary.file ?? "stats.json";
+  const file = summary.file ?? "stats.json", live = !summary.file && !isFile;
+  at("live-files").hidden = !live;
+  at("page-link").hidden = isFile;
   const flags = [`--phase ${chosen.phase === "mixed" ? "all" : chosen.phase}`, `--ep-size ${point?.ep_size ?? summary.ep_size}`];
   flags.push(`--num-slots ${point ? point.ep_size * point.slots_per_rank : summary.num_slots}`);
   if (summary.num_nodes > 1) flags.push(`--ranks-per-node ${summary.ranks_per_node}`);
   if (chosen.policy !== "auto") flags.push(`--policy ${chosen.policy}`);
   const lines = [`eplb-offline ${file} ${flags.join(" ")} -o placement.json`, "moeserve serve ... --moe-config.load-balancer.placement placement.json"];
-  if (!summary.file) lines.unshift(`curl -f ${location.origin}/eplb/stats.json -o stats.json`);
+  if (live) lines.unshift(`curl -f ${location.origin}/eplb/stats.json -o stats.json`);
   at("command").textContent = lines.join("\n");
 }
 
@@ -360,6 +371,7 @@ function listen() {
 }
 
 function showContact() {
+  if (isFile) return;
   const place = at("contact"), silent = Date.now() - clock.tick, lost = silent > LOST_MS;
   const last = got.summary?.last_time;
   let words = "live";
@@ -371,6 +383,7 @@ function showContact() {
 }
 
 document.addEventListener("visibilitychange", () => {
+  if (isFile) return;
   if (document.hidden) {
     events?.close();
     clearTimeout(later);
@@ -378,6 +391,12 @@ document.addEventListener("visibilitychange", () => {
     listen();
   }
 });
-setInterval(showContact, 1000);
 refresh();
-listen();
+statsAddress().then((address) => { at("download").href = address; });
+if (isFile) {
+  at("contact-text").textContent = "written to a file";
+  document.querySelector("footer").hidden = true;
+} else {
+  setInterval(showContact, 1000);
+  listen();
+}

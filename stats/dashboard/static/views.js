@@ -1,6 +1,6 @@
 // The panels that are text and tables. They are given figures and draw them; they fetch nothing.
 
-import { basisSentence, colour, count, inkOn, percent, times, tokens, verdictSentence } from "./words.js";
+import { basisSentence, bytes, colour, count, inkOn, percent, times, tokens, verdictSentence } from "./words.js";
 
 export const at = (id) => document.getElementById(id);
 
@@ -64,7 +64,7 @@ export function showFacts(summary) {
       ["MoE layers", count(summary.layers.length)],
       ["Experts in slots", `${summary.num_experts} in ${summary.num_slots}`],
       ["Placement", `generation ${summary.generation}, ${summary.digest.slice(0, 8)}`],
-      ["Replicas", summary.num_slots === summary.num_experts ? "none" : summary.routing === "even" ? "share evenly" : "by fixed shares"],
+      ["Replicas", summary.num_slots === summary.num_experts ? "none" : { even: "share evenly", shares: "by fixed shares", step: "levelled each step" }[summary.routing]],
     );
   }
   if (summary.balancer) entries.push(["Balancer", summary.balancer]);
@@ -77,17 +77,19 @@ export function showVerdict(verdict, summary) {
     ["Imbalance", times(verdict.mean), `window by window, mean of ${summary.layers.length} layers, ${count(verdict.windows)} window${verdict.windows === 1 ? "" : "s"}${tokens(verdict.tokens)}`],
     ["Worst layer", times(verdict.worst), `layer ${verdict.worst_layer}`],
   ];
-  if (verdict.recent) numbers.push(["Last 30 s, summed", times(verdict.recent.mean), `worst layer ${times(verdict.recent.worst)}; as in /eplb/status`]);
+  if (verdict.recent) numbers.push([summary.balancer && summary.balancer !== "off" ? "Newest window" : "Last 30 s, summed", times(verdict.recent.mean), `worst layer ${times(verdict.recent.worst)}; as in /eplb/status`]);
+  const given = verdict.recent?.measured_mean ?? null;
+  if (given !== null) numbers.push(["Measured", times(given), "the same seconds, of what the ranks were really given"]);
   numbers.push(["Waiting", percent(verdict.waiting), "of the ranks' expert time"]);
   verdict.proposals.forEach((proposal) => {
-    const cost = proposal.moves === null ? "" : `; ${count(proposal.moves)} experts change their rank`;
+    const cost = proposal.moves === null ? "" : `; ${count(proposal.moves)} experts change their rank${proposal.bytes ? `, ${bytes(proposal.bytes)}` : ""}`;
     numbers.push([
       proposal.redundant ? `Solved, +${proposal.redundant} slots` : "Solved, same slots",
       times(proposal.held_out_after ?? proposal.after),
       `${basisSentence(proposal, verdict.windows)}${cost}`,
     ]);
   });
-  numbers.push(["Survives a lost rank", summary.survives_rank_loss ? "yes" : "no", summary.survives_rank_loss ? "every expert stands on two ranks at least" : "some expert stands on one rank only"]);
+  numbers.push(["Survives a lost rank", summary.survives_rank_loss ? "yes" : "no", summary.survives_rank_loss ? "every expert stands on two ranks at least" : `${count(summary.on_one_rank)} of ${count(summary.num_experts * summary.layers.length)} experts stand on one rank only`]);
   describe(at("numbers"), numbers);
 }
 

@@ -30,6 +30,15 @@ export const count = (number) => Math.round(number).toLocaleString("en-US");
 export const tokens = (number) => (number ? `, ${count(number)} tokens` : "");
 export const plural = (number, word) => `${count(number)} ${word}${number === 1 ? "" : "s"}`;
 
+/** Bytes with a binary unit. */
+export function bytes(number) {
+  const units = ["B", "KiB", "MiB", "GiB", "TiB"];
+  const power = Math.min(units.length - 1, Math.max(0, Math.floor(Math.log2(Math.max(number, 1)) / 10)));
+  return `${(number / 1024 ** power).toFixed(power ? 1 : 0)} ${units[power]}`;
+}
+
+export const ms = (seconds) => `${(seconds * 1000).toFixed(seconds < 0.01 ? 1 : 0)} ms`;
+
 /** The sentence about a verdict of the server. */
 export function verdictSentence(verdict) {
   if (verdict.state === "one_rank") return "There is one rank only: nobody waits for another, nothing to balance.";
@@ -40,7 +49,7 @@ export function verdictSentence(verdict) {
     const why = verdict.mean < 1.02 ? "" : ", and no placement that was tried would lower that by 2 % or more";
     return `Balanced, nothing to gain: ${now[0].toLowerCase()}${now.slice(1)}${why}.`;
   }
-  return `${now}; ${waiting}. ${worthNaming(verdict.proposals).map(proposalSentence).join(" ")}`;
+  return `${now}; ${waiting}. ${worthNaming(verdict.proposals).map(proposalSentence).join(" ")}${costSentence(verdict)}`;
 }
 
 const expected = (proposal) => proposal.held_out_after ?? proposal.after;
@@ -54,6 +63,38 @@ function proposalSentence(proposal, index) {
   const slots = proposal.redundant ? ` with ${plural(proposal.redundant, "redundant slot")}` : " in the same slots";
   const start = index ? "One" : "A new placement";
   return `${start}${slots} would bring it to ${times(expected(proposal))}.`;
+}
+
+/** What the first proposal would cost, as far as that is known. */
+function costSentence(verdict) {
+  const moved = verdict.proposals[0].bytes;
+  if (!moved) return "";
+  const rate = verdict.bytes_per_second;
+  return ` It would move ${bytes(moved)}${rate ? `, about ${seconds(moved / rate)} as moves went so far` : ""}.`;
+}
+
+export const seconds = (number) => (Math.abs(number) < 1 ? ms(number) : `${number.toFixed(1)} s`);
+
+/** What the balancer did, in a sentence. */
+export function rebalancesSentence({ state, rebalances, applied, net_seconds: net }) {
+  const doing = {
+    off: "Online balancing is off: the placement stays as it was given.", idle: "The balancer watches.",
+    solving: "The balancer looks for a better placement.", migrating: "Experts are on their way.",
+    paused: "The balancer is paused.", dead: "The balancer has failed; the placement in force stays.",
+  }[state] ?? "A recorded file has no balancer.";
+  if (!rebalances.length) return state === "off" || !state ? doing : `${doing} It has decided nothing yet.`;
+  const others = rebalances.filter((one) => ["skipped", "failed"].includes(one.result)).length;
+  const planned = rebalances.length - applied - others;
+  if (planned) return `Nothing was moved: ${plural(planned, "step")} from the placement that stands to the last one given.`;
+  const worth = net === null ? "" : `, which saved ${seconds(net)} of the engine's time after what they cost`;
+  return `${doing} ${plural(applied, "rebalance")} applied${worth}${others ? `; ${others} skipped or failed` : ""}.`;
+}
+
+/** The imbalance before a rebalance, what was promised and what came. */
+export function changeWords({ before, predicted, after }) {
+  if (before === null) return "";
+  const promised = predicted === null ? "" : ` \u2192 ${times(predicted)} promised`;
+  return `${times(before)}${promised}${after === null ? "" : `, ${times(after)} came`}`;
 }
 
 /** What a proposal was measured on. */
@@ -70,8 +111,10 @@ export function whatIfSentence(point, knee, known) {
     : `${times(point.held_out_after)} on the last ${plural(point.held_out_windows, "window")}, solved without them `
       + `(${times(point.after)} on all)`;
   const before = point.held_out_before ?? point.before;
-  const moves = point.moves === null ? "" : ` ${plural(point.moves, "expert")} would have to be loaded by another rank.`;
+  const much = point.bytes ? ` (${bytes(point.bytes)})` : "";
+  const moves = point.moves === null ? "" : ` ${plural(point.moves, "expert")} would have to be loaded by another rank${much}.`;
   return `${plural(point.ep_size, "rank")} with ${plural(point.slots_per_rank, "slot")} each (${point.redundant} redundant): ${seen}. `
+    + (point.rank_bytes ? `The experts take ${bytes(point.rank_bytes)} on a rank. ` : "")
     + `${known ? "The placement in force" : "Experts in order"}: ${times(before)}.${moves} `
     + `Survives the loss of any rank: ${point.survives_rank_loss ? "yes" : "no"}. `
     + `Policy ${point.policy}: ${point.reason}; solved in ${point.seconds.toFixed(3)} s.`
