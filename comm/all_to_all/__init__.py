@@ -50,5 +50,6 @@ def make_dispatcher(
             if group.rank == 0:
                 logger.info("all_to_all = %s instead of one_sided: %s", FALLBACK, error)
             name = FALLBACK
-    kinds = {"exchange": ExchangeDispatcher, "gather": GatherDispatcher}
-    return kinds[name](group, slots_per_rank)
+    if name == "gather":
+        return GatherDispatcher(group, slots_per_rank)
+    return ExchangeDispatcher(group, slots_per_rank)

@@ -93,7 +93,7 @@ class CpuEngine:
         self._loops = make_loops(heap, layout) if loops is None else loops
         self._ctl = layout.ctl.view(heap.block(self.rank)).numpy()
         self._low = torch.empty(self.world, dtype=torch.int64)
-        self._members = [True] * self.world
+        self._late_at: dict[int, int] = {}
         self._half = 0
         self._may_write: list[set[int]] = [
             set(),
@@ -199,7 +199,11 @@ class CpuEngine:
 
     def query_fault(self) -> list[int]:
         """Members that were late, or ended, since the last set_membership; empty while all is well."""
-        return [rank for rank in range(self.world) if self._members[rank] and not self.alive[rank]]
+        return sorted(self._late_at)
+
+    def late_at(self) -> dict[int, int]:
+        """The same with the epoch in which each was waited for in vain."""
+        return dict(self._late_at)
 
     def ended(self, rank: int) -> bool:
         """Whether the process of `rank` has ended."""
@@ -221,7 +225,7 @@ class CpuEngine:
             raise Evicted(f"rank {self.rank} is not a member of generation {generation}")
         self.generation, self.epoch = generation, epoch
         self._ctl[CTL_GENERATION] = generation
-        self._members = list(members)
+        self._late_at = {}
         self.alive = torch.tensor(members, dtype=torch.uint8)
         for ranks in self._may_write:
             ranks.difference_update(rank for rank in range(self.world) if members[rank])
@@ -248,6 +252,7 @@ class CpuEngine:
     def _mask(self, late: Sequence[int]) -> None:
         for rank in late:
             self.alive[rank] = 0
+            self._late_at[rank] = self.epoch
         living = {rank for rank in late if self._heap.is_alive(rank)}
         if not living or not self._keep_spare:
             return
@@ -256,7 +261,7 @@ class CpuEngine:
         self._may_write[half] |= living
         other = {rank for rank in self._may_write[1 - half] if self._heap.is_alive(rank)}
         if other:
-            raise Evicted(
+            raise RuntimeError(
                 f"ranks {sorted(other | living)} were late one after the other and still run: no result cells are "
                 "left that none of them may write; end them, or agree on a new membership"
             )
