@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 from fastapi import FastAPI, Request
@@ -22,6 +22,7 @@ from moeserve.eplb.formats.placement import PlacementFile, check_made_for, parse
 from moeserve.eplb.formats.stats import format_stats
 from moeserve.expert_balance import ExpertBalance
 from moeserve.online.balancer import Busy, OnlineBalancer
+from moeserve.online.records import Ledger, Result, Trigger
 from moeserve.server import openai
 from moeserve.server.errors import ApiError
 from moeserve.stats.snapshot import PHASES
@@ -210,12 +211,11 @@ class BalanceCollector:
             {
                 (str(rank), phase): load
                 for phase, loads in zip(PHASES, self._balance.rank_tokens(), strict=True)
-                for rank, load in enumerate(loads.tolist())
+                for rank, load in zip(self._balance.rank_names, loads.tolist(), strict=True)
             },
             *("rank", "phase"),
         )
-        if self._balance.online is not None:
-            yield from self._online(self._balance.online)
+        yield from self._online(self._balance.online)
 
     def _imbalance(self) -> Iterator[Metric]:
         found = self._balance.imbalance()
@@ -247,20 +247,24 @@ class BalanceCollector:
             "phase",
         )
 
-    def _online(self, online: OnlineBalancer) -> Iterator[Metric]:
-        ledger = online.ledger
-        yield self._gauge(
-            "rebalancing", "1 while experts are being moved.", {(): int(online.state == "migrating")}
-        )
+    def _online(self, online: OnlineBalancer | None) -> Iterator[Metric]:
+        """Without a balancer the same names, all 0: boards and alerts need not know."""
+        ledger = Ledger() if online is None else online.ledger
+        moving = online is not None and online.state == "migrating"
+        yield self._gauge("rebalancing", "1 while experts are being moved.", {(): int(moving)})
         yield self._gauge(
             "balancer_up",
             "1 while the online balancer works, 0 when it is dead.",
-            {(): int(not online.trouble)},
+            {} if online is None else {(): int(not online.trouble)},
         )
         yield self._counter(
             "rebalances",
             "Decisions by what asked for them and what came of them.",
-            {tuple(key): count for key, count in sorted(ledger.results.items())},
+            {
+                (trigger, result): ledger.results[trigger, result]
+                for trigger in get_args(Trigger)
+                for result in get_args(Result)
+            },
             *("trigger", "result"),
         )
         yield self._counter("migrated_slots", "Slots that were given another expert.", {(): ledger.slots})
