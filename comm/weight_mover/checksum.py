@@ -16,12 +16,13 @@ _BLOCK_WORDS = {"cpu": 1 << 16, "cuda": 1 << 20}  # what fits a cache; what is w
 
 
 class Checksum:
-    """Of a stream of 32-bit words, fed in order. value: int64 [] on the device; nothing waits for it."""
+    """Of a stream of 32-bit words, fed in order. Nothing waits for the device."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._count = 0
-        self.value = torch.zeros((), dtype=torch.int64, device=device)
+        self._plain = torch.zeros((), dtype=torch.int64, device=device)  # sum of the words
+        self._numbered = torch.zeros((), dtype=torch.int64, device=device)  # each times its number
 
     def add(self, part: Tensor) -> None:
         """part: uint8 [n], contiguous; n and its place in its storage are multiples of 4."""
@@ -31,8 +32,14 @@ class Checksum:
             wide = words[start : start + most].to(torch.int64)
             total = wide.sum()
             wide *= positions[: len(wide)]
-            self.value += total * _signed(_ODD + self._count * _STEP) + wide.sum() * _STEP
+            self._plain += total
+            self._numbered.add_(wide.sum()).add_(total, alpha=self._count)
             self._count += len(wide)
+
+    @property
+    def value(self) -> Tensor:
+        """int64 [] on the device."""
+        return self._plain * _signed(_ODD) + self._numbered * _signed(_STEP)
 
 
 def _signed(number: int) -> int:

@@ -185,9 +185,9 @@ class _ExpertBytes:
             low, high = max(first, start), min(last, end)
             if low < high:
                 out[low - first : high - first].copy_(row[slot, low - start : high - start])
-            padding = out[max(0, end - first) : max(0, min(last, -(-end // WORD) * WORD) - first)]
-            if end % WORD and len(padding):
-                padding.zero_()
+            if end % WORD:
+                padded = -(-end // WORD) * WORD
+                out[max(0, end - first) : max(0, min(last, padded) - first)].zero_()
 
     def write(self, slot: int, data: Tensor) -> None:
         """A whole stream into a local slot."""
