@@ -174,34 +174,35 @@ def answer_summed(
     SOFT: tl.constexpr,
 ):
     """As answer, but each row's choices are weighted and summed here, in top-k order (cells = "rank")."""
+    source = tl.program_id(1)
     own = tl.load(blocks + me)
-    for source in range(R):
-        rows = tl.load(own_got + source)
-        for tile in range(tl.program_id(0), tl.cdiv(rows, BT), programs):
-            i = (tile * BT + tl.arange(0, BT)).to(tl.int64)
-            real = i < rows
-            record = own + meta_at + source.to(tl.int64) * meta_source + i * meta_row
+    rows = tl.load(own_got + source)
+    record_at = own + meta_at + source.to(tl.int64) * meta_source
+    for tile in range(tl.program_id(0), tl.cdiv(rows, BT), programs):
+        i = (tile * BT + tl.arange(0, BT)).to(tl.int64)
+        real = i < rows
+        record = record_at + i * meta_row
+        if PULL:
+            row = own + result_at + source.to(tl.int64) * result_source + i * result_row
+        else:
             head = tl.load(record.to(tl.pointer_type(tl.int64)), mask=real, other=0)
-            if PULL:
-                row = own + result_at + source.to(tl.int64) * result_source + i * result_row
-            else:
-                row = tl.load(blocks + source) + result_at + (head & 0xFFFFFFFF) * result_row
-                row += ((head >> 32) & 0xFFFF) * result_cell
-            for first in tl.range(0, WIDTH, BH):
-                h = first + tl.arange(0, BH)
-                total = tl.zeros([BT, BH], tl.float32)
-                for k in tl.static_range(K):
-                    slot = tl.load((record + slots_at).to(tl.pointer_type(tl.int16)) + k, mask=real, other=-1)
-                    here = slot >= 0
-                    weight = tl.load(
-                        (record + weights_at).to(tl.pointer_type(tl.float32)) + k, mask=here, other=0.0
-                    )
-                    n = tl.load(own_place + (source * max_tokens + i) * K + k, mask=here, other=0)
-                    at = y + n.to(tl.int64)[:, None] * WIDTH + h[None, :]
-                    value = tl.load(at, mask=here[:, None] & (h < WIDTH)[None, :], other=0.0).to(tl.float32)
-                    total = total + value * weight[:, None]
-                _store_result(row, rounded(total, WIRE, SOFT), first, real, WIDTH, SCALES_AT, SOFT)
-    _release_done(words, mask, blocks, own_got, me, programs, done_at, R, RP, PULL)
+            row = tl.load(blocks + source) + result_at + (head & 0xFFFFFFFF) * result_row
+            row += ((head >> 32) & 0xFFFF) * result_cell
+        for first in tl.range(0, WIDTH, BH):
+            h = first + tl.arange(0, BH)
+            total = tl.zeros([BT, BH], tl.float32)
+            for k in tl.static_range(K):
+                slot = tl.load((record + slots_at).to(tl.pointer_type(tl.int16)) + k, mask=real, other=-1)
+                here = slot >= 0
+                weight = tl.load(
+                    (record + weights_at).to(tl.pointer_type(tl.float32)) + k, mask=here, other=0.0
+                )
+                n = tl.load(own_place + (source * max_tokens + i) * K + k, mask=here, other=0)
+                at = y + n.to(tl.int64)[:, None] * WIDTH + h[None, :]
+                value = tl.load(at, mask=here[:, None] & (h < WIDTH)[None, :], other=0.0).to(tl.float32)
+                total = total + value * weight[:, None]
+            _store_result(row, rounded(total, WIRE, SOFT), first, real, WIDTH, SCALES_AT, SOFT)
+    _release_done(words, mask, blocks, own_got, me, programs * R, done_at, R, RP, PULL)
 
 
 @triton.jit

@@ -316,47 +316,43 @@ def index(
 ):
     slot = tl.program_id(0)
     source = tl.program_id(1)
-    block = tl.load(blocks + me)
-    parity = tl.load(words + EPOCH) & 1
-    r = tl.arange(0, RP)
-    s = tl.arange(0, SP)
-    arrived = tl.load(own_got + r, mask=r < R, other=0) > 0
-    at = block + count_at + parity * count_parity + r.to(tl.int64) * count_source
-    counts = tl.load(
-        at.to(tl.pointer_type(tl.int32))[:, None] + s[None, :],
-        mask=arrived[:, None] & (s < S)[None, :],
-        other=0,
-    )
-    of_slot = tl.sum(counts, 0)
-    before = tl.sum(tl.where(s < slot, of_slot, 0), 0)
-    if source == 0:
-        tl.store(own_start + slot, before)
-        if slot == S - 1:
-            tl.store(own_start + S, tl.sum(of_slot, 0))
-    before += tl.sum(tl.sum(tl.where((s == slot)[None, :] & (r < source)[:, None], counts, 0), 1), 0)
     rows = tl.load(own_got + source)
-    version = 0
-    if TRANSLATE:
-        version = tl.load(state + VERSION) & 0x7FFF
-    k = tl.arange(0, KP)
-    records = block + meta_at + source.to(tl.int64) * meta_source
-    for start in range(0, rows, BT):
-        i = start + tl.arange(0, BT)
-        real = (i < rows)[:, None] & (k < K)[None, :]
-        record = records + i.to(tl.int64) * meta_row
-        local = tl.load(
-            (record + slots_at).to(tl.pointer_type(tl.int16))[:, None] + k[None, :], mask=real, other=-1
-        )
-        mine = local == slot
-        flat = tl.reshape(mine.to(tl.int32), [BT * KP])
-        position = before + tl.reshape(tl.cumsum(flat, 0) - flat, [BT, KP])
-        code = (source * max_tokens + i)[:, None] * K + k[None, :]
-        tl.store(own_rows + position, code, mask=mine)
-        if SUMMED:
-            tl.store(own_place + code, position, mask=mine)
-        before += tl.sum(flat, 0)
-        if TRANSLATE:
-            theirs = tl.load((record + META_VERSION).to(tl.pointer_type(tl.int16)), mask=i < rows, other=0)
-            wrong = tl.sum(((theirs != version) & (i < rows)).to(tl.int64), 0)
-            if (slot == 0) & (wrong > 0):
-                tl.atomic_add(words + MISMATCHES, wrong, sem="relaxed", scope="gpu")
+    if (rows > 0) | (source == 0):
+        block = tl.load(blocks + me)
+        parity = tl.load(words + EPOCH) & 1
+        r = tl.arange(0, RP)
+        s = tl.arange(0, SP)
+        arrived = tl.load(own_got + r, mask=r < R, other=0) > 0
+        at = block + count_at + parity * count_parity + r.to(tl.int64) * count_source
+        at = at.to(tl.pointer_type(tl.int32))[:, None] + s[None, :]
+        counts = tl.load(at, mask=arrived[:, None] & (s < S)[None, :], other=0)
+        start = tl.sum(tl.where(s < slot, tl.sum(counts, 0), 0), 0)
+        of_slot = tl.sum(tl.where((s == slot)[None, :], counts, 0), 1)  # by source
+        if source == 0:
+            tl.store(own_start + slot, start)
+            if slot == S - 1:
+                tl.store(own_start + S, start + tl.sum(of_slot, 0))
+        start += tl.sum(tl.where(r < source, of_slot, 0), 0)
+        records = block + meta_at + source.to(tl.int64) * meta_source
+        if tl.sum(tl.where(r == source, of_slot, 0), 0) > 0:
+            k = tl.arange(0, KP)
+            for first in range(0, rows, BT):
+                i = first + tl.arange(0, BT)
+                real = (i < rows)[:, None] & (k < K)[None, :]
+                at = (records + i.to(tl.int64) * meta_row + slots_at).to(tl.pointer_type(tl.int16))
+                mine = tl.load(at[:, None] + k[None, :], mask=real, other=-1) == slot
+                flat = tl.reshape(mine.to(tl.int32), [BT * KP])
+                position = start + tl.reshape(tl.cumsum(flat, 0) - flat, [BT, KP])
+                code = (source * max_tokens + i)[:, None] * K + k[None, :]
+                tl.store(own_rows + position, code, mask=mine)
+                if SUMMED:
+                    tl.store(own_place + code, position, mask=mine)
+                start += tl.sum(flat, 0)
+        if TRANSLATE and slot == 0:
+            version = tl.load(state + VERSION) & 0x7FFF
+            for first in range(0, rows, BT):
+                i = first + tl.arange(0, BT)
+                at = (records + i.to(tl.int64) * meta_row + META_VERSION).to(tl.pointer_type(tl.int16))
+                theirs = tl.load(at, mask=i < rows, other=0)
+                wrong = tl.sum(((theirs != version) & (i < rows)).to(tl.int64), 0)
+                tl.atomic_add(words + MISMATCHES, wrong, mask=wrong > 0, sem="relaxed", scope="gpu")

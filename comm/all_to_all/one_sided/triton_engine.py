@@ -219,9 +219,16 @@ class TritonEngine:
         Received.rows, where slot_start[S] says N. rows: N if the host knows it, to launch no more than needed.
         """
         assert y.is_contiguous() and y.shape[1] == self.layout.config.result.width, f"y {tuple(y.shape)}"
-        kernel = combine_kernels.answer_summed if self.layout.weights_travel else combine_kernels.answer
-        grid = self._programs(self.rows.numel() if rows is None else rows)
-        self._run(kernel, grid, y=y, own_got=self.got, BT=self.tiles.rows, BH=self._width())
+        summed, world = self.layout.weights_travel, self.layout.config.world
+        most = self.max_tokens if summed else self.rows.numel() if rows is None else rows
+        self._run(
+            combine_kernels.answer_summed if summed else combine_kernels.answer,
+            (*self._programs(most, world), world) if summed else self._programs(most),
+            y=y,
+            own_got=self.got,
+            BT=self.tiles.rows,
+            BH=self._width(),
+        )
 
     def receive_back(self, out: Tensor) -> Tensor:
         """Writes the weighted sums to out [b, width] and gives it: its rows beyond num_tokens are 0.
@@ -271,9 +278,10 @@ class TritonEngine:
         wrong = int(self.words[device_words.MISMATCHES.value])
         return self.counts.cpu(), self.waited.cpu(), wrong
 
-    def _programs(self, items: int) -> tuple[int]:
+    def _programs(self, items: int, sources: int = 1) -> tuple[int]:
         """The grid for so many rows or tokens: one at least, since the last program says that we are done."""
-        programs = max(1, min(-(-items // self.tiles.rows), self.tiles.programs))
+        most = max(1, self.tiles.programs // sources)
+        programs = max(1, min(-(-items // self.tiles.rows), most))
         self._arguments["programs"] = programs
         return (programs,)
 
