@@ -127,6 +127,11 @@ class Group:
         """Returns once every member has called it. Orders hosts, not the work queued on their GPUs."""
         self.all_gather_ints((0,))
 
+    def check(self) -> None:
+        """For a rank that waits for the others in another way: raises RankLost if one of this host has left."""
+        if self._control is not None:
+            self._control.check()
+
     def _wire(self, x: Tensor) -> Wire:
         assert x.is_contiguous(), f"group operations take contiguous tensors, got strides {x.stride()}"
         return self._wires[x.device.type]

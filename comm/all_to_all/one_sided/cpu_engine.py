@@ -8,7 +8,7 @@ rank's next mail says that it has read its results. Who is late is masked and th
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -64,6 +64,7 @@ class CpuEngine:
 
     keep_spare: keeps half of the result cells free. A late rank may still write into cells of the step in which it
     was masked; results go to the other half from then on. Without it, results after a fault are void.
+    on_wait: called now and then in a long wait; what it raises ends the wait, and the engine's use.
     max_tokens: tokens that one step may bring. alive: uint8 [R]. generation: of the membership. epoch: of the step.
     lost_weight: float32 [T] of the last finished step, None if nothing was lost.
     foreign_versions: rows that came with another table version than ours, so far.
@@ -76,6 +77,7 @@ class CpuEngine:
         timeout: float,
         keep_spare: bool = True,
         loops: Loops | None = None,
+        on_wait: Callable[[], None] | None = None,
     ) -> None:
         config = layout.config
         assert config.combine == "push" and config.cells == "choice" and not config.result.num_scales
@@ -91,6 +93,7 @@ class CpuEngine:
         self.lost_weight: Tensor | None = None
         self._heap, self._layout, self._keep_spare = heap, layout, keep_spare
         self._loops = make_loops(heap, layout) if loops is None else loops
+        self._on_wait = on_wait
         self._ctl = layout.ctl.view(heap.block(self.rank)).numpy()
         self._low = torch.empty(self.world, dtype=torch.int64)
         self._late_at: dict[int, int] = {}
@@ -237,6 +240,8 @@ class CpuEngine:
         while left:
             if left < 0:
                 raise Evicted(f"rank {self.rank} is at step {self.epoch}, others went on without it")
+            if self._on_wait is not None:
+                self._on_wait()
             waiting = pending.nonzero()[:, 0].tolist()
             late = waiting if time.monotonic() - start > self.timeout else []
             gone = late or [rank for rank in waiting if not self._heap.is_alive(rank)]
