@@ -308,18 +308,22 @@ static void weigh(Layer *y, int h) {
     for (int p = 0; p < P; p++) y->hosts[y->slots[p]] += own[p], y->weights[y->slots[p]] += y->sums[p % G];
 }
 
+/* What follows the first order of a penalty whose exponent changes by x: its second order, or with soft = 1 no more
+ * than |x|, so that a slot much heavier than those of other ranks is not taken for one that cannot move. */
+static inline float bend(float x, float soft) { return (x * x) / (2.0f + soft * fabsf(x)); }
+
 /* Swaps of slot i of rank h with all others, by the first and second order of what they change. */
-static int offer_swaps(Layer *y, int h, int i, Candidate *list, int found) {
+static int offer_swaps(Layer *y, int h, int i, float soft, Candidate *list, int found) {
     int G = y->G, a = y->slots[i * G + h];
-    float beta = y->o.beta, half = beta * beta * 0.5f, mine = y->bar[i * G + h], here = y->sa[h], sh = y->sums[h];
+    float beta = y->o.beta, mine = y->bar[i * G + h], here = y->sa[h], sh = y->sums[h];
     const float *sa = y->sa, *sums = y->sums;
     float *score = y->score;
     for (int j = 0; j < y->K; j++) {
         const float *x = y->own + j * G, *z = y->cross + j * G, *m = y->bar + j * G;
         float lowest = 0.0f;
         for (int g = 0; g < G; g++) {
-            float d = mine - m[g];
-            score[g] = beta * ((sa[g] - here) + (z[g] - x[g])) + half * ((sums[g] + sh) * (d * d));
+            float d = beta * (mine - m[g]);
+            score[g] = beta * ((sa[g] - here) + (z[g] - x[g])) + (sums[g] + sh) * bend(d, soft);
             lowest = score[g] < lowest ? score[g] : lowest;
         }
         if (!(lowest < 0.0f) || (found == CANDIDATES && lowest >= list[found - 1].score)) continue;
@@ -333,24 +337,24 @@ static int offer_swaps(Layer *y, int h, int i, Candidate *list, int found) {
 }
 
 /* Replicas of the expert in slot i of rank h in place of redundant ones of others. */
-static int offer_replicas(Layer *y, int h, int i, Candidate *list, int found) {
+static int offer_replicas(Layer *y, int h, int i, float soft, Candidate *list, int found) {
     int G = y->G, a = y->slots[i * G + h];
-    float beta = y->o.beta, half = beta * beta * 0.5f, mine = y->bar[i * G + h];
+    float beta = y->o.beta, mine = y->bar[i * G + h];
     float r = (float)y->count[a] / (float)(y->count[a] + 1), rest = 1.0f - r;
-    float base = half * ((rest * mine) * (rest * mine) * y->weights[a]) - beta * (rest * y->hosts[a]);
+    float base = y->weights[a] * bend(beta * (rest * mine), soft) - beta * (rest * y->hosts[a]);
     for (int p = 0; p < y->P; p++) {
         int b = y->slots[p], g = p % G;
         if (y->count[b] <= y->o.least || y->has[(size_t)a * G + g] || y->node[g] != y->node[h]) continue;
         float q = 1.0f / (float)(y->count[b] - 1), d = r * mine - y->bar[p], f = q * y->bar[p];
         float s = beta * ((r * y->sa[g] - y->own[p]) + q * (y->hosts[b] - y->own[p])) + base;
-        s = s + half * (y->sums[g] * (d * d) + (y->weights[b] - y->sums[g]) * (f * f));
+        s = s + (y->sums[g] * bend(beta * d, soft) + (y->weights[b] - y->sums[g]) * bend(beta * f, soft));
         if (s < 0.0f) offer(list, &found, s, 1, i, p);
     }
     return found;
 }
 
 /* The best candidates by their estimates. */
-static int list_candidates(Layer *y, int h, Candidate *list) {
+static int list_candidates(Layer *y, int h, float soft, Candidate *list) {
     int G = y->G, found = 0;
     float *sa = y->sa;
     for (int i = 0; i < y->K; i++) {
@@ -361,9 +365,9 @@ static int list_candidates(Layer *y, int h, Candidate *list) {
             for (int g = 0; g < G; g++) sa[g] += row[g] * x;
         }
         int left = y->o.budget < 0 ? 2 : y->o.budget - y->changed;
-        if (left >= 2) found = offer_swaps(y, h, i, list, found);
+        if (left >= 2) found = offer_swaps(y, h, i, soft, list, found);
         if (y->o.reassign && y->count[y->slots[i * G + h]] < G && left > 0)
-            found = offer_replicas(y, h, i, list, found);
+            found = offer_replicas(y, h, i, soft, list, found);
     }
     return found;
 }
@@ -476,11 +480,15 @@ static int improve(int E, int T, int G, int K, const float *load, int32_t *count
         if (h < 0) break;
         weigh(&y, h);
         Candidate list[CANDIDATES];
-        int found = list_candidates(&y, h, list), chosen = -1;
+        int chosen = -1;
         float best = 0.0f;
-        for (int n = 0; n < found; n++) {
-            float gain = gain_of(&y, h, list[n]);
-            if (gain > best && !(o.connect && parts_more(&y, h, list[n]))) chosen = n, best = gain;
+        /* what is in force may be far off: softer estimates then, where the others find nothing */
+        for (int soft = 0; soft <= (o.budget >= 0) && chosen < 0; soft++) {
+            int found = list_candidates(&y, h, (float)soft, list);
+            for (int n = 0; n < found; n++) {
+                float gain = gain_of(&y, h, list[n]);
+                if (gain > best && !(o.connect && parts_more(&y, h, list[n]))) chosen = n, best = gain;
+            }
         }
         if (chosen < 0)
             y.skip[h] = 1, given_up++;
@@ -621,6 +629,169 @@ void eplb_anneal(int N, int E, int T, int G, int K, const float *load, int32_t *
     for (int n = 0; n < N; n++)
         anneal(E, T, G, K, load + (size_t)n * E * T, count + (size_t)n * E, slots + (size_t)n * K * G, beta, steps,
                connect, least, (uint64_t)seed);
+}
+
+/* ------------------------------------------------------------------ exploring under routing step by step */
+
+#define LANES 64 /* windows side by side */
+#define SWEEPS 6
+
+typedef struct { /* one layer while it is explored */
+    int E, G, K, blocks, edges, many;
+    const float *load;       /* [blocks][E][LANES] */
+    int32_t *count, *slots;
+    int32_t *edge, *slot;    /* [edges][2] neighbouring replicas of an expert, by number; [many] their slots */
+    int32_t *last, *first;   /* [E] */
+    float *R, *part;         /* [G][LANES] rank loads, [many][LANES] loads of replicas */
+} Flow;
+
+static int link(Flow *y, int n, int i, int j) {
+    if (y->slot[i] % y->G == y->slot[j] % y->G) return n; /* twins on a rank have nothing to even out */
+    y->edge[2 * n] = i, y->edge[2 * n + 1] = j;
+    return n + 1;
+}
+
+/* Numbers the slots of replicated experts, and the pairs of replicas between which load may flow. */
+static void join(Flow *y) {
+    int n = 0, many = 0;
+    for (int e = 0; e < y->E; e++) y->last[e] = -1;
+    for (int p = 0; p < y->K * y->G; p++) {
+        int e = y->slots[p];
+        if (y->count[e] < 2) continue;
+        y->slot[many] = p;
+        if (y->last[e] < 0)
+            y->first[e] = many;
+        else
+            n = link(y, n, y->last[e], many);
+        y->last[e] = many++;
+    }
+    for (int e = 0; e < y->E; e++)
+        if (y->count[e] > 2) n = link(y, n, y->last[e], y->first[e]);
+    y->edges = n, y->many = many;
+}
+
+/* Sum over the windows of a block of the highest rank load, after replicas have evened out their ranks. */
+static float flow(Flow *y, int block) {
+    int G = y->G, many = 0;
+    const float *load = y->load + (size_t)block * y->E * LANES;
+    memset(y->R, 0, sizeof(float) * G * LANES);
+    for (int p = 0; p < y->K * G; p++) {
+        int e = y->slots[p];
+        const float *l = load + (size_t)e * LANES;
+        float *r = y->R + (size_t)(p % G) * LANES;
+        if (y->count[e] < 2) {
+            for (int v = 0; v < LANES; v++) r[v] += l[v];
+            continue;
+        }
+        float each = 1.0f / (float)y->count[e], *part = y->part + (size_t)many++ * LANES;
+        for (int v = 0; v < LANES; v++) part[v] = l[v] * each, r[v] += part[v];
+    }
+    for (int s = 0; s < SWEEPS; s++) {
+        float half = 3 * s < 2 * SWEEPS ? 0.75f : 0.5f; /* lengthened steps first */
+        for (int n = 0; n < y->edges; n++) {
+            int i = y->edge[2 * n], j = y->edge[2 * n + 1];
+            float *restrict a = y->part + (size_t)i * LANES, *restrict b = y->part + (size_t)j * LANES;
+            float *restrict x = y->R + (size_t)(y->slot[i] % G) * LANES;
+            float *restrict z = y->R + (size_t)(y->slot[j] % G) * LANES;
+            for (int v = 0; v < LANES; v++) {
+                float d = half * (z[v] - x[v]);
+                d = d < b[v] ? d : b[v];
+                d = d > -a[v] ? d : -a[v];
+                a[v] += d, b[v] -= d, x[v] += d, z[v] -= d;
+            }
+        }
+    }
+    float total = 0.0f;
+    for (int v = 0; v < LANES; v++) {
+        float most = y->R[v];
+        for (int g = 1; g < G; g++) most = y->R[g * LANES + v] > most ? y->R[g * LANES + v] : most;
+        total += most;
+    }
+    return total;
+}
+
+/* The windows of load [E][T] with their distance from the mean stretched: out [blocks][E][LANES], each window
+ * scaled to a mean rank load of 1 again. Block b takes every blocks-th window, over and over where they end. */
+static void stretch(int E, int T, int G, int blocks, const float *load, const float *mean, float by, float *out) {
+    for (int b = 0; b < blocks; b++) {
+        float *to = out + (size_t)b * E * LANES, total[LANES];
+        for (int v = 0; v < LANES; v++) total[v] = 0.0f;
+        for (int e = 0; e < E; e++)
+            for (int v = 0; v < LANES; v++) {
+                float x = mean[e] + by * (load[(size_t)e * T + (v * blocks + b) % T] - mean[e]);
+                x = x > 0.0f ? x : 0.0f;
+                to[(size_t)e * LANES + v] = x, total[v] += x;
+            }
+        for (int v = 0; v < LANES; v++) total[v] = (float)G / total[v];
+        for (int e = 0; e < E; e++)
+            for (int v = 0; v < LANES; v++) to[(size_t)e * LANES + v] *= total[v];
+    }
+}
+
+static const float STRETCH[] = {1.0f, 1.5f, 2.0f, 3.0f, 4.0f};
+
+static void explore(int E, int T, int G, int K, const float *load, int32_t *count, int32_t *slots,
+                    const int32_t *node, int least, int tries, float open, uint64_t state) {
+    int P = K * G, blocks = (T + LANES - 1) / LANES, spare = 0;
+    float *mean = get(E, 4), *wide = get((size_t)blocks * E * LANES, 4);
+    uint8_t *has = get((size_t)E * G, 1);
+    Flow y = {.E = E, .G = G, .K = K, .blocks = blocks, .load = wide, .count = count, .slots = slots};
+    y.edge = get((size_t)4 * P, 4), y.slot = get(P, 4), y.last = get(E, 4), y.first = get(E, 4);
+    y.R = get((size_t)G * LANES, 4), y.part = get((size_t)P * LANES, 4);
+    for (int e = 0; e < E; e++) {
+        for (int t = 0; t < T; t++) mean[e] += load[(size_t)e * T + t];
+        mean[e] = mean[e] * (1.0f / (float)T);
+        spare += count[e] - least;
+    }
+    for (int p = 0; p < P; p++) has[(size_t)slots[p] * G + p % G]++;
+    join(&y);
+    float start = 0.0f, here = 0.0f, most = open * (float)(blocks * LANES);
+    for (int k = 0; k < 5 && here < most; k++) {
+        stretch(E, T, G, blocks, load, mean, STRETCH[k], wide);
+        start = here = flow(&y, 0);
+        for (int b = 1; b < blocks; b++) here += flow(&y, b);
+    }
+    if (here < most) tries = 0; /* routing takes up all there is */
+    for (int n = 0; n < tries; n++) {
+        uint64_t kind = split_mix(&state), one = split_mix(&state), two = split_mix(&state);
+        int reassign = spare > 0 && kind % 4 == 0, p = (int)(one % (uint64_t)P), g = p % G, b = slots[p];
+        int q = (int)(two % (uint64_t)P), h = q % G, a = slots[q];
+        const uint8_t *on_a = has + (size_t)a * G;
+        if (a == b || on_a[g] || node[g] != node[h]) continue;
+        if (reassign ? count[b] <= least || count[a] >= G : has[(size_t)b * G + h]) continue;
+        slots[p] = a;
+        if (reassign)
+            count[a]++, count[b]--;
+        else
+            slots[q] = b;
+        join(&y);
+        float first = flow(&y, 0), now = first;
+        if (first < start) /* the others only where this block gains */
+            for (int k = 1; k < blocks; k++) now += flow(&y, k);
+        if (first < start && now < here * (1.0f - 1e-6f)) {
+            start = first, here = now;
+            has[(size_t)a * G + g]++, has[(size_t)b * G + g]--;
+            if (!reassign) has[(size_t)b * G + h]++, has[(size_t)a * G + h]--;
+            continue;
+        }
+        slots[p] = b;
+        if (reassign)
+            count[a]--, count[b]++;
+        else
+            slots[q] = a;
+    }
+    free(mean), free(wide), free(has);
+    free(y.edge), free(y.slot), free(y.last), free(y.first), free(y.R), free(y.part);
+}
+
+/* Lower the mean over the windows of the highest rank load, with replicas' parts set for each window, by random
+ * swaps within nodes and new owners of redundant slots. Windows are stretched until at least `open` is left of it,
+ * so that there is something to win. count [N][E] and slots [N][K][G] in and out; node [G]. */
+void eplb_explore(int N, int E, int T, int G, int K, const float *load, int32_t *count, int32_t *slots,
+                  const int32_t *node, int least, int tries, float open, int seed) {
+    for (int n = 0; n < N; n++)
+        explore(E, T, G, K, load + (size_t)n * E * T, count + (size_t)n * E, slots + (size_t)n * K * G, node, least,
+                tries, open, (uint64_t)seed);
 }
 
 /* ------------------------------------------------------------------ routing shares */

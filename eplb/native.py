@@ -69,6 +69,19 @@ class Kernels(Protocol):
     ) -> None:
         """Changes count [N, E] and slots in place."""
 
+    def explore(
+        self,
+        load: Singles,
+        count: Ints,
+        slots: Ints,
+        node: Ints,
+        least: int,
+        tries: int,
+        open_from: float,
+        seed: int,
+    ) -> None:
+        """Changes count [N, E] and slots [N, K, G] in place; load [N, E, T], node [G]."""
+
     def fill(
         self,
         load: Floats,
@@ -98,6 +111,7 @@ class Plain:
     components = staticmethod(plain.components)
     improve = staticmethod(plain.improve)
     anneal = staticmethod(plain.anneal)
+    explore = staticmethod(plain.explore)
     fill = staticmethod(plain.fill)
 
 
@@ -178,6 +192,24 @@ class Native:
         self.library.eplb_anneal(
             layers, experts, windows, slots.shape[2], slots.shape[1], _at(load), _at(count), _at(slots),
             ctypes.c_float(beta), steps, int(connect), least, seed,
+        )  # fmt: skip
+
+    def explore(
+        self,
+        load: Singles,
+        count: Ints,
+        slots: Ints,
+        node: Ints,
+        least: int,
+        tries: int,
+        open_from: float,
+        seed: int,
+    ) -> None:
+        load, node = np.ascontiguousarray(load, np.float32), np.ascontiguousarray(node, np.int32)
+        layers, experts, windows = load.shape
+        self.library.eplb_explore(
+            layers, experts, windows, slots.shape[2], slots.shape[1], _at(load), _at(count), _at(slots),
+            _at(node), least, tries, ctypes.c_float(open_from), seed,
         )  # fmt: skip
 
     def fill(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -17,13 +16,11 @@ from moeserve.eplb.load import check_counts
 from moeserve.eplb.metrics import imbalance, rank_load
 from moeserve.eplb.migration import Traffic, plan_migration, traffic
 from moeserve.eplb.policies import POLICIES
-from moeserve.eplb.policies.problem import Problem
+from moeserve.eplb.policies.problem import ROUTINGS, Problem, Routing
 from moeserve.eplb.policies.robust import QUICK, place
 from moeserve.eplb.routing import static_shares, step_shares
 from moeserve.eplb.solver import explain
 from moeserve.eplb.types import Floats, Ints, MigrationPlan, Placement, Topology
-
-Routing = Literal["even", "shares", "step"]
 
 _FAR = 0.03  # relative gain of a fresh placement from which small steps are worth taking
 _DECISIONS = 8  # over which min_gain may then be spread
@@ -83,8 +80,8 @@ class Settings:
             raise ValueError(f"max_moves_per_layer = {self.max_moves_per_layer}: give 0 or more")
         if not 0 <= self.min_gain < 1:
             raise ValueError(f"min_gain = {self.min_gain}: give a fraction from 0 to below 1")
-        if self.routing not in ("even", "shares", "step"):
-            raise ValueError(f"routing = {self.routing!r}: give even, shares or step")
+        if self.routing not in ROUTINGS:
+            raise ValueError(f"routing = {self.routing!r}: give {', '.join(ROUTINGS)}")
 
 
 @dataclass(frozen=True)
@@ -195,7 +192,7 @@ class Rebalancer:
             self.topology,
             expert_groups=s.expert_groups,
             survive_rank_loss=s.survive_rank_loss,
-            weighted=s.routing != "even",
+            routing=s.routing,
         )
         slots: Ints
         if s.routing == "step":
@@ -223,7 +220,7 @@ class Rebalancer:
         s = self.settings
         return explain(
             windows, self.topology, policy=s.policy, current=self.placement, expert_groups=s.expert_groups,
-            survive_rank_loss=s.survive_rank_loss, routing="even" if s.routing == "even" else "shares",
+            survive_rank_loss=s.survive_rank_loss, routing=s.routing,
         ).placement  # fmt: skip
 
     def _placement(self, slots: Ints, windows: npt.NDArray[np.int64]) -> Placement:

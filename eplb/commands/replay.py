@@ -28,7 +28,8 @@ from moeserve.eplb.html import document, lines, table
 from moeserve.eplb.load import ExpertLoad
 from moeserve.eplb.metrics import FORMULA, imbalance, rank_load
 from moeserve.eplb.policies import POLICIES
-from moeserve.eplb.rebalancer import Costs, Rebalancer, Routing, Settings
+from moeserve.eplb.policies.problem import ROUTINGS, Routing
+from moeserve.eplb.rebalancer import Costs, Rebalancer, Settings
 from moeserve.eplb.routing import step_shares
 from moeserve.eplb.table import number, progress, render, size, wrap
 from moeserve.eplb.types import Placement, Topology
@@ -64,9 +65,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--policies", default="never,greedy,auto", metavar="P,P",
         help=f"never, auto (bounded moves), or from scratch: {', '.join(POLICIES)} (default: never,greedy,auto)",
     )  # fmt: skip
-    parser.add_argument(
-        "--routing", choices=("even", "shares", "step"), default="shares", help="split over replicas"
-    )
+    parser.add_argument("--routing", choices=ROUTINGS, default="shares", help="split over replicas")
     parser.add_argument("--windows", type=int, default=16, metavar="N", help="windows the balancer remembers")
     parser.add_argument(
         "--max-moves", type=int, default=4, metavar="N", help="slot changes a layer a window, for auto"

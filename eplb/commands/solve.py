@@ -28,6 +28,7 @@ from moeserve.eplb.html import page
 from moeserve.eplb.load import ExpertLoad
 from moeserve.eplb.metrics import FORMULA
 from moeserve.eplb.policies import POLICIES
+from moeserve.eplb.policies.problem import ROUTINGS, Routing
 from moeserve.eplb.report import Report, make_report, render_report
 from moeserve.eplb.solver import Solution, explain
 from moeserve.eplb.table import working
@@ -51,6 +52,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         default="windows",
         help="weigh the scatter over windows, or not",
     )
+    parser.add_argument(
+        "--routing",
+        choices=ROUTINGS,
+        help="how replicas will split tokens; step: anew for each step, searched longer (default: shares, even for "
+        "the formats of other engines)",
+    )
     parser.add_argument("--current", metavar="FILE", help="placement to start from")
     parser.add_argument(
         "--max-moves", type=int, metavar="N", help="slot changes a layer at most, with --current"
@@ -72,7 +79,7 @@ def run(options: argparse.Namespace) -> None:
     load = load_of(options)
     topology = topology_of(options, load)
     groups = options.expert_groups if options.expert_groups is not None else load.expert_groups
-    routing = "shares" if options.format == "moeserve" else "even"  # other engines split evenly
+    routing: Routing = options.routing or ("shares" if options.format == "moeserve" else "even")
     current = None
     if options.current is not None:
         file = read_placement(
@@ -90,7 +97,7 @@ def run(options: argparse.Namespace) -> None:
             max_moves=options.max_moves,
             expert_groups=groups,
             survive_rank_loss=options.survive_rank_loss,
-            routing=routing,  # type: ignore[arg-type]
+            routing=routing,
         )
 
     if not 0 <= options.holdout < 1:

@@ -36,7 +36,7 @@ def _anneal(
     total, spare = in_order(energy), int(count.sum()) - experts * least
     best, parts = _highest_mean(at_rank), components(slots, count) if connect else 0
     kept = count.copy(), slots.copy()
-    random = _SplitMix(seed)
+    random = SplitMix(seed)
     for step in range(steps):
         left = F(steps - step) / F(steps)
         heat = F(4) * (left * left) + F(0.002)
@@ -96,7 +96,7 @@ def _highest_mean(at_rank: Singles) -> F:
     return total
 
 
-class _SplitMix:
+class SplitMix:
     """Random 64-bit numbers (Steele, Lea, Flood 2014)."""
 
     def __init__(self, seed: int) -> None:

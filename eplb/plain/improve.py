@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
@@ -57,17 +59,19 @@ class _Improver:
             weight = np.ascontiguousarray(self.penalty.T)
             sums = in_order(weight)
             h = int(np.argmax(np.where(skip, F(-1), sums)))
-            chosen = self._choose(h, self._candidates(h, weight, sums))
+            chosen = self._choose(h, self._candidates(h, weight, sums, F(0)))
+            if chosen is None and self.o.budget >= 0:
+                chosen = self._choose(h, self._candidates(h, weight, sums, F(1)))
             if chosen is None:
                 skip[h] = True
             else:
                 self._apply(h, *chosen)
         return self.changed
 
-    def _candidates(self, h: int, weight: Singles, sums: Singles) -> list[tuple[int, int, int]]:
+    def _candidates(self, h: int, weight: Singles, sums: Singles, soft: F) -> list[tuple[int, int, int]]:
         """(kind, i, p) in order of their estimated score: kind 0 swaps slot i of rank h with slot p, kind 1 puts
         a replica of its expert into slot p."""
-        o, half = self.o, self.beta * self.beta * F(0.5)
+        o = self.o
         own = in_order(weight[:, None, :] * self.of_slot)
         cross = in_order(weight[:, h, None, None] * self.of_slot)
         hosts, weights = np.zeros(self.experts, F), np.zeros(self.experts, F)
@@ -81,13 +85,13 @@ class _Improver:
             sa = in_order(weight * self.of_slot[:, i, h, None])
             mine = self.bar[i, h]
             if o.budget < 0 or self.changed + 2 <= o.budget:
-                d = mine - self.bar
-                s = self.beta * ((sa - sa[h]) + (cross - own)) + half * ((sums + sums[h]) * (d * d))
+                d = self.beta * (mine - self.bar)
+                s = self.beta * ((sa - sa[h]) + (cross - own)) + (sums + sums[h]) * _bend(d, soft)
                 fits = (s < 0) & (near & (self.has[a] == 0)) & (self.has[self.slots, h] == 0)
                 scores.append(s[fits])
                 names.append((0, i, np.flatnonzero(fits)))
             if o.reassign and self.count[a] < self.ranks and (o.budget < 0 or self.changed < o.budget):
-                s, fits = self._reassignments(a, sa, mine, own, hosts, weights, sums, half)
+                s, fits = self._reassignments(a, sa, mine, own, hosts, weights, sums, soft)
                 fits &= near & (self.has[a] == 0) & (s < 0)
                 scores.append(s[fits])
                 names.append((1, i, np.flatnonzero(fits)))
@@ -106,16 +110,16 @@ class _Improver:
         hosts: Singles,
         weights: Singles,
         sums: Singles,
-        half: F,
+        soft: F,
     ) -> tuple[Singles, npt.NDArray[np.bool_]]:
         b = self.slots
         r = F(self.count[a]) / F(self.count[a] + 1)
         rest = F(1) - r
-        base = half * ((rest * mine) * (rest * mine) * weights[a]) - self.beta * (rest * hosts[a])
+        base = weights[a] * _bend(self.beta * (rest * mine), soft) - self.beta * (rest * hosts[a])
         q = F(1) / np.maximum(self.count[b] - 1, 1).astype(F)
         d, f = r * mine - self.bar, q * self.bar
         s = self.beta * ((r * sa - own) + q * (hosts[b] - own)) + base
-        s = s + half * (sums * (d * d) + (weights[b] - sums) * (f * f))
+        s = s + (sums * _bend(self.beta * d, soft) + (weights[b] - sums) * _bend(self.beta * f, soft))
         return s, self.count[b] > self.o.least
 
     def _choose(self, h: int, found: list[tuple[int, int, int]]) -> tuple[int, int, int] | None:
@@ -172,6 +176,12 @@ class _Improver:
         self.penalty[ranks] = self._power(self.at_rank[ranks])
         if self.o.connect:
             self.parts = components(self.slots, self.count)
+
+
+def _bend(x: Any, soft: F) -> Any:
+    """What follows the first order of a penalty whose exponent changes by x: its second order, or with soft = 1 no
+    more than |x|, so that a slot much heavier than those of other ranks is not taken for one that cannot move."""
+    return (x * x) / (F(2) + soft * np.abs(x))
 
 
 def _exchange(slots: Ints, count: Ints, h: int, kind: int, i: int, p: int) -> None:

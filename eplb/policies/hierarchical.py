@@ -15,7 +15,8 @@ import numpy.typing as npt
 
 from moeserve.eplb.native import Singles
 from moeserve.eplb.policies.problem import Problem, rank_major
-from moeserve.eplb.policies.robust import effort_for, highest_load, order_of, refine
+from moeserve.eplb.policies.robust import effort_for, explores, highest_load, node_of, order_of, refine
+from moeserve.eplb.policies.search import explore
 from moeserve.eplb.types import Floats, Ints
 
 _MOST_PACKINGS = 3000
@@ -63,6 +64,8 @@ def hierarchical(problem: Problem) -> Ints:
                 else:
                     _level(problem, load[layer], counts[layer], placed[layer])
         refine(problem, load, counts, placed, problem.weighted, effort, by_node=True)
+        if explores(problem):
+            explore(problem, counts, placed, node_of(topology, True))
         if not problem.weighted:  # nodes are level now, their ranks not always
             worse = highest_load(load, counts, placed) > highest_load(load, *within) + 1e-6
             placed[worse] = within[1][worse]

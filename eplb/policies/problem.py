@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -12,16 +13,25 @@ from moeserve.eplb.load import merge_windows
 from moeserve.eplb.native import Kernels, kernels
 from moeserve.eplb.types import Floats, Ints, Placement, Topology
 
-MOST_WINDOWS = {"shares": 32, "even": 64}
-"""Windows that a solver looks at, by how replicas share; more are summed into this many. An even split gains longer
-from more of them: nothing evens out later what the placement did not foresee."""
+Routing = Literal["even", "shares", "step"]
+"""How replicas split their expert's tokens: equally, by the placement's shares, or anew for each step's load."""
+
+ROUTINGS: tuple[Routing, ...] = get_args(Routing)
+
+MOST_WINDOWS = {"even": 64, "shares": 32, "step": 32}
+"""Windows that a solver looks at; more are summed into this many. An even split gains longer from more of them:
+nothing evens out later what the placement did not foresee."""
+
+MOST_SAMPLES = 512
+"""Windows as given that a search for routing step by step looks at; of more, some are left out."""
 
 
 @dataclass(frozen=True, eq=False)
 class Problem:
     """Windows [W, L, E] of load to place on a topology.
 
-    weighted: routing can take replicas in unequal parts. expert_groups: consecutive experts that routing picks
+    routing: how replicas will share. samples: windows as given, for routing step by step: what that has to even out
+    in one step does not show in sums of many. expert_groups: consecutive experts that routing picks
     as a group (1: none). survive_rank_loss: every expert stands on two ranks at least.
     """
 
@@ -29,7 +39,8 @@ class Problem:
     topology: Topology
     expert_groups: int = 1
     survive_rank_loss: bool = False
-    weighted: bool = True
+    routing: Routing = "shares"
+    samples: Floats | None = None
 
     def __post_init__(self) -> None:
         if self.windows.ndim != 3 or 0 in self.windows.shape:
@@ -61,8 +72,7 @@ class Problem:
         objective: str = "windows",
         expert_groups: int = 1,
         survive_rank_loss: bool = False,
-        weighted: bool = True,
-        most_windows: int | None = None,
+        routing: Routing = "shares",
     ) -> Problem:
         """load [L, E], or windows [W, L, E]; objective "mean" sums the windows into one."""
         if objective not in ("windows", "mean"):
@@ -76,9 +86,11 @@ class Problem:
             raise ValueError(
                 f"the load has shape {windows.shape}, expected [layers, experts] or [windows, ...]"
             )
-        most = most_windows or MOST_WINDOWS["shares" if weighted else "even"]
-        windows = merge_windows(windows, 1 if objective == "mean" else most)
-        return cls(windows, topology, expert_groups, survive_rank_loss, weighted)
+        if objective == "mean":
+            windows = merge_windows(windows, 1)
+        samples = _some(windows, MOST_SAMPLES) if routing == "step" else None
+        windows = merge_windows(windows, MOST_WINDOWS[routing])
+        return cls(windows, topology, expert_groups, survive_rank_loss, routing, samples)
 
     @property
     def num_layers(self) -> int:
@@ -97,6 +109,11 @@ class Problem:
         return self.topology.num_slots - self.num_experts
 
     @property
+    def weighted(self) -> bool:
+        """Whether replicas can take unequal parts."""
+        return self.routing != "even"
+
+    @property
     def least(self) -> int:
         """Replicas that every expert has at least."""
         return 2 if self.survive_rank_loss else 1
@@ -113,6 +130,12 @@ class Problem:
     def placement(self, slots: Ints) -> Placement:
         """Slots [L, P], rank-major, as a placement."""
         return Placement(slots, self.num_experts)
+
+
+def _some(windows: npt.NDArray[Any], most: int) -> Floats:
+    """At most so many of the windows, from all over."""
+    count = len(windows)
+    return np.asarray(windows if count <= most else windows[np.arange(most) * count // most], np.float64)
 
 
 def rank_major(slots: Ints) -> Ints:

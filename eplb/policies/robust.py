@@ -14,7 +14,7 @@ import numpy as np
 from moeserve.eplb.native import Singles
 from moeserve.eplb.plain import Options
 from moeserve.eplb.policies.problem import Problem, rank_major
-from moeserve.eplb.policies.search import SMALL, search
+from moeserve.eplb.policies.search import LEAST_SAMPLES, SMALL, explore, search
 from moeserve.eplb.types import Floats, Ints, Topology
 
 SKEWED = 0.8  # mean load of one expert, in rank loads, from which other replica counts are tried
@@ -64,9 +64,17 @@ def place(problem: Problem, connect: bool, effort: Effort) -> Ints:
     placed = problem.kernels.place(load, count, order_of(weight, count), ranks, effort.z, connect)
     if effort.rounds:
         refine(problem, load, count, placed, connect, effort)
-        if slots <= SMALL:
+        if explores(problem):
+            explore(problem, count, placed, node_of(problem.topology, False))
+        elif slots <= SMALL:
             search(problem, count, placed, connect)
     return rank_major(placed)
+
+
+def explores(problem: Problem) -> bool:
+    """Whether there are replicas whose parts follow each step, and windows enough to see what that leaves."""
+    samples = problem.samples
+    return samples is not None and len(samples) >= LEAST_SAMPLES and problem.redundant > 0
 
 
 def order_of(weight: Singles, count: Ints) -> Ints:

@@ -1,7 +1,8 @@
-"""Small layers: anneal replica counts and packing together, from several seeds, and keep the best.
+"""Random searches where a local search from one start falls short.
 
-Where a layer has few slots, counts and packing depend on each other; a local search from one start often misses
-the best by some per cent.
+Small layers: counts and packing depend on each other there, so both are annealed together, from several seeds.
+Routing step by step: what counts is what is left after replicas have evened out their ranks, which no estimate
+that is cheap tells.
 """
 
 from __future__ import annotations
@@ -26,6 +27,21 @@ _STEEPNESS = (
     60.0,
 )  # of the penalty, one for each seed: none is best everywhere
 _ENOUGH = 1.0005  # mean over the windows of max/mean at which a layer is as good as done
+
+
+LEAST_SAMPLES = 32
+"""Windows below which exploring would fit their chance rather than the load."""
+
+_TRIED_SLOTS = 640_000  # tries of a layer times its slots
+_OPEN = 1.02  # imbalance that routing leaves on the windows as they are stretched for exploring
+
+
+def explore(problem: Problem, count: Ints, placed: Ints, node: Ints) -> None:
+    """Improve count [L, E] and placed [L, K, G] in place for routing step by step; slots change within nodes."""
+    assert problem.samples is not None
+    load = problem.kernels.prepare(problem.samples, problem.topology.num_ranks)[0]
+    tries = min(max(_TRIED_SLOTS // problem.topology.num_slots, 500), 8000)
+    problem.kernels.explore(load, count, placed, node, problem.least, tries, _OPEN, 0)
 
 
 def search(problem: Problem, count: Ints, placed: Ints, connect: bool) -> None:

@@ -89,6 +89,31 @@ def test_same_annealing(compiled: Native, shape: tuple[int, int, int, int, int],
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("open_from", [1.0, 1.3])
+def test_same_exploring(compiled: Native, shape: tuple[int, int, int, int, int], open_from: float) -> None:
+    """open_from 1.3 makes it stretch the windows, or leave layers alone that routing evens out even so."""
+    rng = np.random.default_rng(5)
+    load = _load(rng, shape)
+    if shape[2] > 20:
+        load = np.concatenate([load] * 3, axis=2) * rng.lognormal(0, 0.4, (1, 1, 3 * shape[2]))
+        load = (load * (shape[3] / load.sum(axis=1, keepdims=True))).astype(np.float32)
+    ranks, per_rank = shape[3:]
+    count = compiled.replicate(load.mean(axis=2), ranks, ranks * per_rank, 1)
+    order = np.argsort(-(load.mean(axis=2) / count), axis=1, kind="stable").astype(np.int32)
+    slots = compiled.place(load, count, order, ranks, 0.0, True)
+    node = (np.arange(ranks) * 2 // ranks).astype(np.int32)
+    a, b = (count.copy(), slots.copy()), (count.copy(), slots.copy())
+    compiled.explore(load, *a, node, 1, 120, open_from, 9)
+    Plain.explore(load, *b, node, 1, 120, open_from, 9)
+    assert (a[0] == b[0]).all()
+    assert (a[1] == b[1]).all()
+    for n in range(len(load)):
+        assert (np.bincount(a[1][n].ravel(), minlength=shape[1]) == a[0][n]).all()
+    if shape == (1, 64, 33, 16, 5):
+        assert (a[1] != slots).any()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_same_shares(compiled: Native, shape: tuple[int, int, int, int, int]) -> None:
     rng = np.random.default_rng(1)
     _, experts, windows, ranks, per_rank = shape

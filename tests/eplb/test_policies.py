@@ -14,7 +14,7 @@ from moeserve.eplb import Placement, Topology, explain, solve
 from moeserve.eplb.metrics import balance, imbalance, rank_load
 from moeserve.eplb.native import kernels
 from moeserve.eplb.policies import POLICIES
-from moeserve.eplb.policies.problem import slot_major
+from moeserve.eplb.policies.problem import Routing, slot_major
 from moeserve.eplb.routing import step_shares
 from moeserve.eplb.synthetic import Traffic
 
@@ -44,7 +44,7 @@ def _cases(draw: st.DrawFn) -> tuple[np.ndarray, Topology, bool]:
     ranks, per_rank = draw(st.integers(1, 12)), draw(st.integers(1, 8))
     experts = draw(st.integers(1, ranks * per_rank))
     rng = np.random.default_rng(draw(st.integers(0, 10**6)))
-    shape = (draw(st.integers(1, 5)), 2, experts)
+    shape = (draw(st.sampled_from([1, 2, 3, 5, 40])), 2, experts)
     kind = draw(st.sampled_from(["heavy", "flat", "zero", "sparse"]))
     load = {
         "heavy": rng.lognormal(3, 2, shape).astype(int),
@@ -58,7 +58,9 @@ def _cases(draw: st.DrawFn) -> tuple[np.ndarray, Topology, bool]:
 
 @settings(max_examples=120, deadline=None)
 @given(
-    _cases(), st.sampled_from(["auto", "fast", "robust", "connected"]), st.sampled_from(["shares", "even"])
+    _cases(),
+    st.sampled_from(["auto", "fast", "robust", "connected"]),
+    st.sampled_from(["shares", "even", "step"]),
 )
 def test_any_shape(case: tuple[np.ndarray, Topology, bool], policy: str, routing: str) -> None:
     load, topology, survive = case
@@ -168,6 +170,28 @@ def test_connected_joins_all_ranks_and_pays_off_on_later_steps() -> None:
     assert a < 1.02 < b
     robust = solve(early, topology, policy="robust", routing="even")
     assert balance(late, robust, topology, even=True).mean < balance(late, theirs, topology, even=True).mean
+
+
+@pytest.mark.parametrize(
+    ("policy", "topology"), [("auto", Topology.of(16, 80)), ("hierarchical", Topology.of(16, 80, 4))]
+)
+def test_routing_step_by_step_pays_off_on_later_steps(policy: str, topology: Topology) -> None:
+    traffic = Traffic.make(6, 64, seed=3)
+    steps = traffic.counts(traffic.mixes("burst", 160), 16384)
+    early, late = steps[:128], steps[128:]
+
+    def after(windows: np.ndarray, routing: Routing) -> tuple[float, Placement]:
+        found = solve(windows, topology, policy=policy, routing=routing, expert_groups=8)
+        return float(imbalance(step_shares(found, late, topology)[1]).mean()) - 1, found
+
+    (step, found), (shares, _) = after(early, "step"), after(early, "shares")
+    assert step < 0.8 * shares
+    if policy == "hierarchical":
+        node = np.arange(topology.num_slots) // (topology.num_slots // topology.num_nodes)
+        crossing = [sum(len(set(node[row == e])) - 1 for e in range(64)) for row in found.slot_to_expert]
+        assert max(crossing) <= topology.num_nodes - 1
+    few = solve(early[:31], topology, policy=policy, routing="step", expert_groups=8)
+    assert few.digest == solve(early[:31], topology, policy=policy, expert_groups=8).digest
 
 
 @pytest.mark.parametrize("routing", ["shares", "even"])
@@ -303,13 +327,16 @@ def test_exact_refuses_large_layers() -> None:
         ("hierarchical", "shares", "ae85395fda967873"),
         ("hierarchical", "even", "06142f742a399886"),
         ("greedy", "even", "5b6ac6307fcae37c"),
+        ("connected", "step", "c1d5e2a341414d2b"),
     ],
 )
 def test_the_same_digest_on_every_platform(policy: str, routing: str, digest: str) -> None:
     """Loads by integer arithmetic; the digests were the same with numpy 1.26 and 2.4, with and without a compiler."""
-    number = np.arange(8 * 2 * 48)
-    load = (number * 7919 % 997 + 30 * (number * number % 89 == 4)).reshape(8, 2, 48)
-    placement = solve(load, Topology.of(8, 80, 4), policy=policy, routing=routing, expert_groups=4)  # type: ignore[arg-type]
+    windows = 40 if routing == "step" else 8
+    number = np.arange(windows * 2 * 48)
+    load = (number * 7919 % 997 + 30 * (number * number % 89 == 4)).reshape(windows, 2, 48)
+    topology = Topology.of(8, 56 if routing == "step" else 80, 4)
+    placement = solve(load, topology, policy=policy, routing=routing, expert_groups=4)  # type: ignore[arg-type]
     assert placement.digest[:16] == digest
 
 

@@ -12,7 +12,8 @@ import pytest
 
 from moeserve.eplb import solve
 from moeserve.eplb.migration import apply_plan
-from moeserve.eplb.rebalancer import Costs, Rebalancer, Routing, Settings
+from moeserve.eplb.policies.problem import Routing
+from moeserve.eplb.rebalancer import Costs, Rebalancer, Settings
 from moeserve.eplb.service import Answer, RebalanceService
 from moeserve.eplb.synthetic import Traffic
 from moeserve.eplb.types import Placement, Topology
