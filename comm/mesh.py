@@ -19,24 +19,32 @@ from moeserve.comm.group import Group
 from moeserve.comm.host import share_host
 from moeserve.comm.layout import ParallelLayout
 from moeserve.comm.shared import SharedPairs
-from moeserve.comm.wire import GlooPairs, NcclWire, PairWire, Wire
+from moeserve.comm.wire import GlooPairs, NcclWire, Pairs, PairWire, Wire
 
 logger = logging.getLogger(__name__)
 
 AXES = ("world", "stage", "pp", "dp", "cp", "tp", "ep", "etp")
 BACKENDS = {"gloo": "cpu:gloo", "nccl": "cpu:gloo,cuda:nccl"}
 
-_tags = itertools.count()  # of this process's meshes: the same number on every rank
+_tags = itertools.count()  # of this process's meshes since it joined: the same number on every rank
 
 
 def start(
-    rank: int, world_size: int, address: str, port: int, backend: str = "gloo", timeout: float = 60.0
+    rank: int,
+    world_size: int,
+    address: str,
+    port: int,
+    backend: str = "gloo",
+    timeout: float = 60.0,
+    *,
+    meeting_timeout: float | None = None,
 ) -> None:
     """Joins this process to the job; returns once all `world_size` processes did.
 
     address, port: where rank 0 listens (the same on all ranks). backend: "gloo" for CPU tensors alone,
     "nccl" for GPU tensors too (set the CUDA device first). timeout: seconds that the start, and later any one
-    operation on the host network, waits for the others before it raises. GLOO_SOCKET_IFNAME and
+    operation on the host network, waits for the others before it raises; meeting_timeout: of the start alone, where
+    it is another (not under torchrun, whose own store answers at the address). GLOO_SOCKET_IFNAME and
     NCCL_SOCKET_IFNAME are set to the interface on the way to `address` where they are unset.
 
     Raises ValueError for an unknown backend or rank, RuntimeError when the others do not come in time.
@@ -45,6 +53,8 @@ def start(
         raise ValueError(f"backend = {backend!r}: must be one of {', '.join(BACKENDS)}")
     if not 0 <= rank < world_size:
         raise ValueError(f"rank = {rank}: must be at least 0 and below world_size = {world_size}")
+    global _tags
+    _tags = itertools.count()
     if world_size == 1:
         return
     name = interface_to(address)
@@ -53,9 +63,16 @@ def start(
             os.environ[variable] = name
             level = logging.DEBUG if name == "lo" else logging.INFO
             logger.log(level, "%s set to %s, the interface on the way to %s", variable, name, address)
+    where: dict[str, Any] = {"init_method": f"tcp://{address}:{port}"}
+    if meeting_timeout is not None:
+        meeting = timedelta(seconds=meeting_timeout)
+        store = dist.TCPStore(  # type: ignore[attr-defined]
+            address, port, world_size, is_master=rank == 0, timeout=meeting
+        )
+        where = {"store": store}
     dist.init_process_group(
         BACKENDS[backend],
-        init_method=f"tcp://{address}:{port}",
+        **where,
         rank=rank,
         world_size=world_size,
         timeout=timedelta(seconds=timeout),
@@ -82,13 +99,27 @@ class Mesh:
     """
 
     def __init__(self, layout: ParallelLayout, rank: int, *, shared_memory: bool = True) -> None:
+        self._shared_memory = shared_memory
+        self.join(layout, rank)
+
+    def leave(self) -> None:
+        """Ends the others' waits for this rank with RankLost: it found that one of them is gone. Then stop."""
+        if self._pairs is not None:
+            self._pairs.leave()
+
+    def join(self, layout: ParallelLayout, rank: int) -> None:
+        """New groups in place of the old: after leave, stop, and start in a job of other ranks.
+
+        Whoever keeps the mesh sees them; who keeps a group of several ranks must be given the new one.
+        """
         joined = dist.get_world_size() if dist.is_initialized() else 1
         if layout.world_size != joined:
             raise ValueError(f"layout has {layout.world_size} ranks, the job has {joined}: {layout}")
         self.layout = layout
         self.rank = rank
         far = _gloo_pairs() if joined > 1 else None
-        near = _shared_pairs(far, rank, joined) if far and shared_memory else None
+        near = _shared_pairs(far, rank, joined) if far and self._shared_memory else None
+        self._pairs: Pairs | None = near or far
         nccl = _nccl_groups(layout)
 
         def group(axis: str) -> Group:

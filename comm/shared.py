@@ -18,6 +18,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from moeserve.comm.wire import RankLost
+
 COUNTER_BYTES = 128
 """Space of a ring's two counters, each on a cache line of its own."""
 MAX_RING_BYTES = 1 << 20
@@ -163,6 +165,9 @@ class SharedPairs:
             start = (source * len(ranks) + target) * stride
             return _Ring(memory[start : start + stride], base + start, size)
 
+        self._left = memory[:COUNTER_BYTES].cast(
+            "q"
+        )  # of the ring from the first rank to itself, which is none
         self._to = {r: ring(me, i) for i, r in enumerate(ranks) if i != me}
         self._from = {r: ring(i, me) for i, r in enumerate(ranks) if i != me}
         self._lives = {r: os.pidfd_open(pid) for r, pid in zip(ranks, pids, strict=True) if r != rank}
@@ -175,7 +180,8 @@ class SharedPairs:
     def exchange(self, sent: Sequence[tuple[int, Tensor]], got: Sequence[tuple[int, Tensor]]) -> None:
         """Sends each tensor to its rank and fills each tensor of `got` from its rank.
 
-        Raises RuntimeError when a rank that owes or is owed a message died, or nothing moves for `timeout`.
+        Raises RankLost when a rank that owes or is owed a message died or any has left, RuntimeError when nothing
+        moves for `timeout`.
         """
         sends = [_Transfer(self._to[r], r, x) for r, x in sent]
         receives = [_Transfer(self._from[r], r, x) for r, x in got]
@@ -207,6 +213,16 @@ class SharedPairs:
         for peer in peers:
             life = self._lives[peer]
             if select.select([life], [], [], 0)[0]:
-                raise RuntimeError(f"rank {peer} has died")
+                raise RankLost(f"rank {peer} has died")
+        self.check()
         if waited > self._timeout:
             raise RuntimeError(f"no message from or to rank {peers[0]} moved for {waited:.1f} s")
+
+    def check(self) -> None:
+        """Raises RankLost when a rank of this host has left."""
+        if self._left[0]:
+            raise RankLost("a rank of this host has left, as another died")
+
+    def leave(self) -> None:
+        """Makes the others' waits, for whatever rank, end with RankLost."""
+        self._left[0] = 1

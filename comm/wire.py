@@ -12,6 +12,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+class RankLost(RuntimeError):
+    """A rank of the group has ended, or has left it because another did: nothing can be done together any more."""
+
+
 class Wire(Protocol):
     """Rows of dim 0 between the members of one group, numbered 0..size-1; tensors are contiguous."""
 
@@ -30,8 +34,17 @@ class Pairs(Protocol):
     def exchange(self, sent: Sequence[tuple[int, Tensor]], got: Sequence[tuple[int, Tensor]]) -> None:
         """Sends each tensor to its global rank, fills those of `got` from theirs; both ends know the sizes.
 
-        Tensors are contiguous CPU tensors and not empty. Raises RuntimeError when a rank is gone or too late.
+        Tensors are contiguous CPU tensors and not empty. Raises RankLost when a rank is gone, RuntimeError when one
+        is too late.
         """
+        ...
+
+    def leave(self) -> None:
+        """Makes the others' waits for this process end with RankLost."""
+        ...
+
+    def check(self) -> None:
+        """Raises RankLost when a rank is known to have left."""
         ...
 
 
@@ -49,8 +62,19 @@ class GlooPairs:
     def exchange(self, sent: Sequence[tuple[int, Tensor]], got: Sequence[tuple[int, Tensor]]) -> None:
         works = [self._gloo.recv([x], rank, self._tag) for rank, x in got]
         works += [self._gloo.send([x], rank, self._tag) for rank, x in sent]
-        for work in works:
-            work.wait()
+        try:
+            for work in works:
+                work.wait()
+        except (
+            RuntimeError
+        ) as error:  # of one kind for a closed connection and for one that was silent too long
+            raise RankLost(str(error)) from error
+
+    def leave(self) -> None:
+        """Nothing: the connections end with the process group."""
+
+    def check(self) -> None:
+        """Nothing is known between messages."""
 
 
 class PairWire:
@@ -79,6 +103,9 @@ class PairWire:
             [(rank, sent[i]) for i, rank in self._peers if sent[i].numel()],
             [(rank, got[i]) for i, rank in self._peers if got[i].numel()],
         )
+
+    def check(self) -> None:
+        self._pairs.check()
 
     def send_to_all(self, x: Tensor) -> None:
         """The same tensor to every other member; they call receive."""

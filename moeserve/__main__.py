@@ -67,6 +67,11 @@ def serve(flags: argparse.Namespace) -> int:
             f"tensor_parallel_size = {world}: the launcher started {place.world_size} ranks; make them equal"
         )
     check_local_ranks(plan, world if place is None else place.local_size)
+    if place is not None and plan.config.moe_config.load_balancer.on_rank_loss == "shrink":
+        raise ValueError(
+            "moe_config.load_balancer.on_rank_loss = shrink: torchrun and Slurm end all ranks with the first that "
+            "dies; use fail, or let one moeserve start all ranks on its host"
+        )
     if place is not None and place.rank > 0:
         return run_rank_here(plan, place)
     listener = bind(config.host, config.port)

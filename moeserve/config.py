@@ -76,6 +76,9 @@ class LoadBalancerConfig:
     )
     layer_updates_per_iter: int = setting(0, "layers migrated a step; 0: the placement stays", low=0)
     online: OnlineConfig = section(OnlineConfig)
+    on_rank_loss: Literal["fail", "shrink"] = setting(
+        "fail", "when a rank dies: end, or go on without it where every expert is on two ranks"
+    )
 
 
 @dataclass(frozen=True)

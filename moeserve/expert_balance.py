@@ -16,6 +16,7 @@ import numpy as np
 
 from moeserve.eplb.formats.placement import PlacementFile, format_placement
 from moeserve.eplb.load import ExpertLoad, Window
+from moeserve.eplb.loss import without_rank
 from moeserve.eplb.metrics import FORMULA, imbalance, rank_load
 from moeserve.eplb.types import Floats, Placement, Topology
 from moeserve.messages import ExpertCounts
@@ -75,6 +76,8 @@ class ExpertBalance:
         self.listeners: list[Callable[[int, LoadWindow], None]] = []  # told of each rank's reports
         self.ring = LoadRing()
         self.generations: dict[int, int] = {}  # of the placement, by rank
+        self.rank_names = list(range(topology.num_ranks))  # numbers that those of the topology started with
+        self.lost: list[int] = []  # numbers that ranks had that are no more
         self._rank_tokens: Floats = np.zeros((len(PHASES), topology.num_ranks))
         self._next_line: float | None = None
 
@@ -83,6 +86,36 @@ class ExpertBalance:
         if placement.generation != self._whole.generation:
             self.previous, self._whole = self._whole, placement
         self.placement = placement
+
+    def regroup(self, placement: Placement, lost: Sequence[int]) -> None:
+        """Ranks were lost, by the numbers that they started with; this placement is what the others go on with."""
+        for name in lost:
+            self._rank_tokens = np.delete(self._rank_tokens, self.rank_names.index(name), axis=1)
+            self.rank_names.remove(name)
+            self.generations.pop(name, None)
+            self.lost.append(name)
+        self.topology = Topology.of(len(self.rank_names), placement.num_slots)
+        self.predicted = {}
+        self.previous = None
+        self.placement = self._whole = placement
+        self.ring.forget_slots()
+        if self.online is not None:
+            self.online.regroup(f"lost rank {', '.join(map(str, lost))}")
+
+    def missing_without(self, names: Sequence[int]) -> str:
+        """What would be lost with these ranks, "" where every expert stands elsewhere too."""
+        placement, topology, left = self.placement, self.topology, list(self.rank_names)
+        try:
+            for name in names:
+                placement, topology = without_rank(placement, topology, left.index(name))
+                left.remove(name)
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    def name_of(self, rank: int) -> int:
+        """The number that a rank started with."""
+        return self.rank_names[rank] if self.lost else rank
 
     def add(self, message: ExpertCounts) -> None:
         """What one rank has counted since its last message."""

@@ -106,6 +106,7 @@ class RankSet:
     place: RankPlace | None = None
     processes: dict[int, BaseProcess] = field(default_factory=dict)
     failures: list[RankFailed] = field(default_factory=list)
+    lost: set[int] = field(default_factory=set)
     stopping: bool = False
 
     def __post_init__(self) -> None:
@@ -153,6 +154,20 @@ class RankSet:
         leader = replica * self.plan.layout.tp
         await self._socket.send_multipart([str(leader).encode(), encode(message)])
 
+    def lose(self, rank: int) -> None:
+        """The others go on without this rank: its end is no failure of the engine. No process of it is left."""
+        process = self.processes[rank]
+        if process.is_alive():
+            process.kill()
+        process.join()
+        self.lost.add(rank)
+        self.failures = [failure for failure in self.failures if failure.rank != rank]
+
+    def meeting_place(self) -> tuple[str, int]:
+        """Address and port where the ranks that are left may meet; they are all on this host."""
+        assert self.place is None, "ranks of a launcher are not asked to go on"
+        return "127.0.0.1", free_port()
+
     async def receive(self) -> tuple[int, FromRank]:
         """The next message, with the replica of the rank that sent it."""
         return await self._inbox.get()
@@ -176,7 +191,8 @@ class RankSet:
         self.stopping = True
         if not self.failures and self._num_ready == self.plan.layout.world_size:
             for replica in range(self.num_replicas):
-                await self.send(replica, Shutdown())
+                if replica * self.plan.layout.tp not in self.lost:
+                    await self.send(replica, Shutdown())
             deadline = time.monotonic() + timeout
             while any(p.is_alive() for p in self.processes.values()) and time.monotonic() < deadline:
                 await asyncio.sleep(0.01)
@@ -228,8 +244,11 @@ class RankSet:
             )
 
     def _fail(self, failure: RankFailed) -> None:
+        if failure.rank in self.lost:
+            return
+        first = all(other.rank != failure.rank for other in self.failures)
         self.failures.append(failure)
-        if len(self.failures) == 1:
+        if first:
             self._inbox.put_nowait((failure.rank // self.plan.layout.tp, failure))
 
 

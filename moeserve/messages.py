@@ -122,7 +122,22 @@ class Migrate(msgspec.Struct, frozen=True, tag="migrate"):
     bytes_per_second: float | None = None
 
 
-ToRank = AddRequest | AbortRequest | Wake | Shutdown | Migrate
+class Rejoin(msgspec.Struct, frozen=True, tag="rejoin"):
+    """Go on without the ranks that were lost; sent to each rank that is left once all of them have said RankLeft.
+
+    membership: number of the group, one more each time. ranks: those that are left, by the numbers they started
+    with, in the order of their new ones. lost: all that were lost since the start, in the order of their loss.
+    address, port: where ranks[0] listens for the others.
+    """
+
+    membership: int
+    ranks: list[int]
+    lost: list[int]
+    address: str
+    port: int
+
+
+ToRank = AddRequest | AbortRequest | Wake | Shutdown | Migrate | Rejoin
 
 
 # ------------------------------------------------------------------ rank -> front-end
@@ -254,6 +269,24 @@ class Migrated(msgspec.Struct, frozen=True, tag="migrated"):
     stall_seconds: float
 
 
+class RankLeft(msgspec.Struct, frozen=True, tag="left"):
+    """The rank found another gone, has left the group of this membership and waits for Rejoin."""
+
+    rank: int
+    membership: int
+
+
+class Rejoined(msgspec.Struct, frozen=True, tag="rejoined"):
+    """The rank goes on in the group of this membership, under this placement of the experts, each [L, P]."""
+
+    rank: int
+    membership: int
+    generation: int
+    digest: str
+    slot_to_expert: list[list[int]]
+    share: list[list[float]]
+
+
 class RankFailed(msgspec.Struct, frozen=True, tag="failed"):
     """The rank is about to exit. time: seconds since the epoch when it failed: the earliest is the cause.
 
@@ -266,7 +299,7 @@ class RankFailed(msgspec.Struct, frozen=True, tag="failed"):
     mistake: bool = False
 
 
-FromRank = RankReady | StepDone | ExpertCounts | LayersSwitched | Migrated | RankFailed
+FromRank = RankReady | StepDone | ExpertCounts | LayersSwitched | Migrated | RankLeft | Rejoined | RankFailed
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_rank = msgspec.msgpack.Decoder(ToRank).decode

@@ -117,6 +117,8 @@ def make_plan(config: EngineConfig) -> EnginePlan:
     device = plan_device(config, layout)
     balancer = config.moe_config.load_balancer
     num_slots, placement = plan_placement(balancer, spec, layout, model_name(config))
+    if placement is not None:
+        check_rank_loss(balancer, layout, placement, device)
     max_seq_len = config.max_seq_len or spec.max_positions
     if max_seq_len > spec.max_positions:
         raise ValueError(
@@ -310,6 +312,37 @@ def check_online(balancer: LoadBalancerConfig, placement: Placement, topology: T
         raise ValueError(
             f"{PREFIX}.online.survive_rank_loss = True: the placement at start keeps some experts on one rank only; "
             f"give {what}"
+        )
+
+
+def check_rank_loss(
+    balancer: LoadBalancerConfig, layout: ParallelLayout, placement: Placement, device: str
+) -> None:
+    """Raise ValueError where on_rank_loss = shrink is asked for and a lost rank would take something with it."""
+    if balancer.on_rank_loss != "shrink":
+        return
+    given = f"{PREFIX}.on_rank_loss = shrink"
+    if device != "cpu":
+        raise ValueError(f"{given}: ranks with GPUs cannot go on without one in this version; use fail")
+    if layout.tp > 1 or layout.etp > 1 or layout.dp == 1:
+        raise ValueError(
+            f"{given}: a rank can only be spared where each has an attention replica and whole experts of its own; "
+            "set enable_attention_dp with attention_tensor_parallel_size = 1 and moe_tensor_parallel_size = 1, "
+            "on 2 ranks or more, or use fail"
+        )
+    topology = Topology.of(layout.ep, placement.num_slots)
+    if not placement.survives_rank_loss(topology):
+        wanted = -(-2 * placement.num_experts // topology.num_ranks) * topology.num_ranks
+        what = (
+            f"num_slots = {wanted}" if topology.num_slots < wanted else "one solved with --survive-rank-loss"
+        )
+        raise ValueError(
+            f"{given}: the placement at start keeps some experts on one rank only; give {what}, or use fail"
+        )
+    if balancer.layer_updates_per_iter and not balancer.online.survive_rank_loss:
+        raise ValueError(
+            f"{given}: online balancing would move experts to one rank only; set {PREFIX}.online.survive_rank_loss, "
+            "or use fail"
         )
 
 

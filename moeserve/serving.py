@@ -13,7 +13,7 @@ from pathlib import Path
 
 from moeserve.eplb.rebalancer import Settings
 from moeserve.eplb.service import RebalanceService
-from moeserve.eplb.types import Topology
+from moeserve.eplb.types import Placement, Topology
 from moeserve.expert_balance import ExpertBalance
 from moeserve.expert_recorder import ExpertRecorder
 from moeserve.launch import RankPlace, RankSet
@@ -64,6 +64,7 @@ def server_settings(plan: EnginePlan) -> ServerSettings:
         request_timeout=config.request_timeout,
         drain_timeout=config.drain_timeout,
         balance_replicas=config.attention_dp_config.enable_balance,
+        survive_rank_loss=config.moe_config.load_balancer.on_rank_loss == "shrink",
         metrics_compat=config.metrics_compat,
     )
 
@@ -112,9 +113,13 @@ def online_balancer(plan: EnginePlan, balance: ExpertBalance) -> OnlineBalancer 
         ranks_an_expert=plan.layout.etp,
         survive_rank_loss=online.survive_rank_loss,
     )
-    return OnlineBalancer(
-        balance, bounds, lambda placement: RebalanceService(placement, balance.topology, settings)
-    )
+
+    def start_solver(placement: Placement) -> RebalanceService:
+        """After a loss there may be too few slots to survive another."""
+        survives = online.survive_rank_loss and placement.survives_rank_loss(balance.topology)
+        return RebalanceService(placement, balance.topology, replace(settings, survive_rank_loss=survives))
+
+    return OnlineBalancer(balance, bounds, start_solver)
 
 
 def expert_recorder(plan: EnginePlan, balance: ExpertBalance | None) -> ExpertRecorder | None:

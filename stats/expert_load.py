@@ -60,6 +60,12 @@ class ExpertLoad:
         counts = self._counted()[:, 3 * self.num_experts :]
         return counts.view(len(counts), 2, self.num_slots).transpose(0, 1)
 
+    def regroup(self, num_slots: int) -> None:
+        """Count in so many slots from the next step on; what was counted must have been taken."""
+        assert not self._counted().any()
+        self.num_slots = num_slots
+        self._counts = self._counts.new_zeros(len(self._counts), 3 * self.num_experts + 2 * num_slots)
+
     def begin_step(self, valid: Tensor, decode: Tensor) -> None:
         """valid, decode: bool [T], the rows of the coming step that are real, and those that decode.
 

@@ -6,7 +6,7 @@ Knows neither models nor engine, nor where experts are: counts in, windows of co
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -104,6 +104,11 @@ class LoadRing:
             self._reports *= 2
         else:
             del self._closed[0]
+
+    def forget_slots(self) -> None:
+        """The slots are numbered anew: what was given to the old ones means nothing any more."""
+        self._closed = [replace(window, slots=None) for window in self._closed]
+        self._open = None if self._open is None else replace(self._open, slots=None)
 
     @property
     def windows(self) -> list[LoadWindow]:

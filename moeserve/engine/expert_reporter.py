@@ -57,6 +57,10 @@ class ExpertReporter:
                 return None
         elif step % self.window_steps and now - self.last[1] < REPORT_SECONDS:
             return None
+        return self.report(step, seconds)
+
+    def report(self, step: int, seconds: float) -> ExpertCounts | None:
+        """All that was counted, due or not; it took about so many seconds."""
         steps = step - self.reported_step
         self.reported_step, self.since = step, None
         return self._report(step, steps, seconds)

@@ -17,8 +17,10 @@ import msgspec
 import zmq
 
 from moeserve.comm import mesh as comm_mesh
+from moeserve.comm.wire import RankLost
 from moeserve.engine.expert_reporter import ExpertReporter
 from moeserve.engine.lockstep import Agreed, Lockstep, Mail, PrefillGate, ReplicaState
+from moeserve.engine.rejoin import Survival
 from moeserve.engine.runner import Runner
 from moeserve.engine.scheduler import ScheduledBatch, Scheduler
 from moeserve.messages import (
@@ -63,6 +65,7 @@ class Rank:
         self.refused: list[SequenceOutput] = []
         self.last_sent = 0.0
         self.migrator = runner.new_migrator()
+        self.survival = Survival(plan, runner.mesh.world.size, COLLECTIVE_TIMEOUT_SECONDS)
         self.experts = ExpertReporter.of(plan, runner.expert_load, self.rank)
 
     def serve(self) -> None:
@@ -77,15 +80,25 @@ class Rank:
         for message in self.lockstep.receive(timeout=HEARTBEAT_SECONDS if self.agreed.may_sleep else 0.0):
             self.apply(message)
         batch = self.next_batch()
-        self.agreed = self.lockstep.agree(self.state(batch))
-        self.migrate()
-        outputs: list[SequenceOutput] = []
-        if not self.agreed.idle:
-            results, experts = self.runner.run(batch, self.agreed)
-            outputs = self.scheduler.finish(batch, results, experts)
-            self.count(self.agreed)
+        while True:
+            try:
+                outputs = self.run(batch)
+                break
+            except RankLost as loss:
+                self.survival.go_on(self, loss)  # and run the step again, without the rank that was lost
         self.answer(outputs)
         return not (self.agreed.quiet and self.agreed.leaving)
+
+    def run(self, batch: ScheduledBatch) -> list[SequenceOutput]:
+        """A scheduled step, together with the other ranks."""
+        self.agreed = self.lockstep.agree(self.state(batch))
+        self.migrate()
+        if self.agreed.idle:
+            return []
+        results, experts = self.runner.run(batch, self.agreed)
+        outputs = self.scheduler.finish(batch, results, experts)
+        self.count(self.agreed)
+        return outputs
 
     def apply(self, message: ToRank) -> None:
         if isinstance(message, AddRequest):
@@ -146,6 +159,14 @@ class Rank:
             self.last_sent = now
         if self.experts is not None and (counts := self.experts.due(self.steps, now)) is not None:
             self.mail.send(counts)
+
+    def report_counts(self) -> None:
+        """What was counted so far, though it may not be due."""
+        if self.experts is not None:
+            since = self.experts.since
+            counts = self.experts.report(self.steps, 0.0 if since is None else time.monotonic() - since)
+            if counts is not None:
+                self.mail.send(counts)
 
     def stats(self) -> EngineStats:
         return msgspec.structs.replace(

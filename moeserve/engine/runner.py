@@ -13,15 +13,17 @@ from tqdm import tqdm
 
 from moeserve import device as devices
 from moeserve.comm.all_to_all import make_dispatcher
+from moeserve.comm.all_to_all.protocol import TokenDispatcher
 from moeserve.comm.mesh import Mesh
 from moeserve.comm.weight_mover.exchange import ExchangeMover
+from moeserve.comm.wire import RankLost
 from moeserve.engine.batch import make_batch
 from moeserve.engine.lockstep import Agreed
 from moeserve.engine.page_pool import PagePool
 from moeserve.engine.sampler import sample
 from moeserve.engine.scheduler import ScheduledBatch, Scheduler
 from moeserve.engine.sequence import StepResult
-from moeserve.eplb.types import Topology
+from moeserve.eplb.types import Placement, Topology
 from moeserve.models.checkpoint import load
 from moeserve.models.decoder import Decoder
 from moeserve.moe.expert_map import ExpertMap
@@ -62,14 +64,7 @@ class Runner:
             topology = Topology.of(plan.layout.ep, plan.placement.num_slots)
             routing = plan.config.moe_config.load_balancer.online.routing
             expert_map = ExpertMap(plan.placement, topology, self.mesh.ep.rank, self.device, routing)
-            if self.mesh.ep.size > 1:
-                dispatcher = make_dispatcher(
-                    plan.all_to_all,
-                    self.mesh.ep,
-                    topology.slots_per_rank,
-                    plan.dispatch_sizes(),
-                    fall_back=plan.config.moe_config.all_to_all == "auto",
-                )
+            dispatcher = self._make_dispatcher(topology)
             self.expert_load = ExpertLoad(
                 len(plan.spec.moe_layers), plan.spec.moe.num_experts, plan.placement.num_slots, self.device
             )
@@ -86,6 +81,37 @@ class Runner:
         with progress_bar("weights", shown=self.mesh.rank == 0) as bar:
             load(model, Path(plan.config.model), progress=lambda done, total: _show(bar, done, total))
         return model
+
+    def _make_dispatcher(self, topology: Topology) -> TokenDispatcher | None:
+        """None for a group of one."""
+        plan = self.plan
+        if self.mesh.ep.size == 1:
+            return None
+        return make_dispatcher(
+            plan.all_to_all,
+            self.mesh.ep,
+            topology.slots_per_rank,
+            plan.dispatch_sizes(),
+            fall_back=plan.config.moe_config.all_to_all == "auto",
+        )
+
+    @property
+    def placement(self) -> Placement | None:
+        """In force; None for a model without experts."""
+        return None if self.model.expert_map is None else self.model.expert_map.placement
+
+    @property
+    def topology(self) -> Topology | None:
+        return None if self.model.expert_map is None else self.model.expert_map.topology
+
+    def regroup(self, placement: Placement, topology: Topology) -> None:
+        """Go on with what has become of the mesh and of its experts' places; this rank's own slots are the same."""
+        expert_map = self.model.expert_map
+        assert expert_map is not None and self.expert_load is not None
+        dispatcher = self._make_dispatcher(topology)
+        expert_map.regroup(placement, topology, self.mesh.ep.rank)
+        self.expert_load.regroup(placement.num_slots)
+        self.model.regroup(dispatcher)
 
     def _agree_kv_tokens(self, local_ranks: int) -> int:
         """Tokens of the KV cache: the least that any rank can hold, so that all schedule alike."""
@@ -136,7 +162,12 @@ class Runner:
         """The results of one step, one a chunk, and the routed experts [T, L, K] when wanted."""
         rows = agreed.rows_per_rank[self.mesh.stage.rank] * self.mesh.tp.size
         batch = make_batch(scheduled, self.page_size, rows, agreed.rows_per_rank, self.device)
-        result = self.model.forward(batch, self.kv_cache)
+        try:
+            result = self.model.forward(batch, self.kv_cache)
+        except RankLost:
+            if self.expert_load is not None and self.device.type == "cpu":
+                self.expert_load.drop_step()  # counted when it is run again
+            raise
         experts = None if result.experts is None else result.experts.cpu().numpy()
         return sample(result.logits, scheduled), experts
 

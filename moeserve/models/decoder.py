@@ -117,6 +117,13 @@ class Decoder:
         experts = tp.all_gather(torch.stack(chosen, dim=1).int())  # NCCL knows no int16
         return ForwardResult(logits, experts.to(torch.int16))
 
+    def regroup(self, dispatcher: TokenDispatcher | None) -> None:
+        """Carry tokens by a dispatcher over what has become of mesh.ep; None when that is one rank."""
+        self._dispatcher = dispatcher
+        for layer in self.layers:
+            if isinstance(layer.feed_forward, MoeLayer):
+                layer.feed_forward.regroup(dispatcher)
+
     def _begin_step(self, rows: StepRows) -> None:
         if self.expert_map is not None:
             self.expert_map.begin_step(rows.valid)

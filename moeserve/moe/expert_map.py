@@ -31,22 +31,26 @@ class ExpertMap:
         device: torch.device | str,
         routing: Routing = "shares",
     ):
+        self.routing = routing
+        self._device = device
+        self._step = 0
+        self._spread = ops.get("spread_tokens", device)
+        self.regroup(placement, topology, source_rank)
+
+    def regroup(self, placement: Placement, topology: Topology, source_rank: int) -> None:
+        """Go by a placement on other ranks from the next step on. Raises ValueError when it does not fit them."""
         placement.check(topology)
         self.placement = placement
         self.topology = topology
         self.source_rank = source_rank
-        self.routing = routing
-        self._device = device
         self._table = torch.empty(0)  # [L, E, C]; not for "step"
         self._splits: list[SplitTable] = []  # by layer; for "step" alone
-        if routing == "step":
+        if self.routing == "step":
             self._splits = [self._split(placement, layer) for layer in range(placement.num_layers)]
         else:
-            self._table = self._columns_of(placement).to(device)
-        self._spread = ops.get("spread_tokens", device)
-        self._step = 0
-        self._valid = torch.empty(0, dtype=torch.bool, device=device)
-        self._columns = self._padding = torch.empty(0, 1, dtype=torch.int64, device=device)
+            self._table = self._columns_of(placement).to(self._device)
+        self._valid = torch.empty(0, dtype=torch.bool, device=self._device)
+        self._columns = self._padding = torch.empty(0, 1, dtype=torch.int64, device=self._device)
 
     @property
     def generation(self) -> int:

@@ -68,6 +68,10 @@ class MoeLayer:
             ReplicatedMlp(context, shared_name, hidden_size, moe.shared_size) if moe.shared_size else None
         )
 
+    def regroup(self, dispatcher: TokenDispatcher | None) -> None:
+        """Carry tokens by another dispatcher: the ep group has become another."""
+        self._dispatcher = dispatcher
+
     def __call__(self, x: Tensor, rows: StepRows) -> tuple[Tensor, Tensor]:
         """x [rows, H] -> (out [rows, H], the experts chosen int64 [rows, K])."""
         weights, experts = self.router(x)

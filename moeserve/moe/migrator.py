@@ -81,6 +81,15 @@ class Migrator:
         self._left_at = None if idle else time.perf_counter()
         return said
 
+    def ready_for(self) -> int:
+        """Fingerprint of the placement that this rank could switch to at once, 0 for none."""
+        return 0 if self._run is None else self._run.ready_for()
+
+    def switch_now(self) -> None:
+        """As others of the ranks did, before all could agree on it."""
+        assert self._run is not None
+        self._run.switch_now()
+
     def abandon(self) -> None:
         """The rank leaves: what is under way is dropped, all ranks alike."""
         if self._run is not None:
@@ -148,9 +157,7 @@ class _Run:
         if turn == "wait":
             return said
         if turn == "switch":
-            for _, mover in self._moving:
-                mover.commit()
-            self._map.switch(self._after, self._views)
+            self.switch_now()
             if self._mesh.world.rank == 0:
                 said.append(LayersSwitched(0, self.order.order, list(layers)))
         else:
@@ -163,6 +170,14 @@ class _Run:
         else:
             self.over = True
         return said
+
+    def ready_for(self) -> int:
+        return fingerprint(self._after) if self._state == State.READY else 0
+
+    def switch_now(self) -> None:
+        for _, mover in self._moving:
+            mover.commit()
+        self._map.switch(self._after, self._views)
 
     def _begin_round(self, now: float) -> None:
         layers = self._rounds.current

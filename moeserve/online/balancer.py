@@ -12,7 +12,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -187,15 +187,41 @@ class OnlineBalancer:
         self._failures = self._wait = 0
         self._broken = ""
         if self._solver.state == "dead":
-            self._solver.close()
-            self._solver = self._start_solver(self.balance.placement)
-            self._asked.clear()
-            for load in self._fed:
-                self._solver.observe(load)
+            self._restart_solver()
         log.info("balancing goes on from placement generation %d", self.balance.placement.generation)
+
+    def regroup(self, why: str) -> None:
+        """Go on with fewer ranks and what the balance now says is in force: what was under way is over.
+
+        Where this placement would not survive another loss the next ones need not either.
+        """
+        with self._guarded():
+            if self._order is not None:
+                self._finish(self._order.record, "failed", why)
+            self._order = self._left = None
+            for waiting in (self._outbox, self._asked, self._unmeasured):
+                waiting.clear()
+            placement, topology = self.balance.placement, self.balance.topology
+            self.settings = replace(
+                self.settings,
+                num_ranks=topology.num_ranks,
+                survive_rank_loss=self.settings.survive_rank_loss and placement.survives_rank_loss(topology),
+            )
+            self.newest.clear()
+            self._windows = Windows(topology.num_ranks, self.settings.window_steps)
+            self._generation = max(self._generation, placement.generation)
+            self._restart_solver()
 
     def close(self) -> None:
         self._solver.close()
+
+    def _restart_solver(self) -> None:
+        """With the windows that are kept."""
+        self._solver.close()
+        self._solver = self._start_solver(self.balance.placement)
+        self._asked.clear()
+        for load in self._fed:
+            self._solver.observe(load)
 
     def _check_free(self) -> None:
         if self._order is not None:
@@ -249,7 +275,7 @@ class OnlineBalancer:
             self.balance.follow(mixed(self.balance.placement, order.target, message.layers))
             return
         order.answers[message.rank] = message
-        self.balance.generations[message.rank] = message.generation
+        self.balance.generations[self.balance.name_of(message.rank)] = message.generation
         if len(order.answers) == self.settings.num_ranks:
             self._end(order)
 

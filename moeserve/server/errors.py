@@ -66,6 +66,10 @@ def engine_dead(status: int = 503) -> ApiError:
     return ApiError(status, message, kind="server_error", code="engine_dead")
 
 
+def rank_lost() -> ApiError:
+    return unavailable("the rank that worked on this request was lost; send it again", "rank_lost")
+
+
 def timed_out(seconds: float) -> ApiError:
     # Tried again it would take as long: tell the client's retry loop so.
     return ApiError(

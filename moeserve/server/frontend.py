@@ -15,7 +15,9 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import msgspec
+import numpy as np
 
+from moeserve.eplb.types import Placement
 from moeserve.expert_balance import ExpertBalance
 from moeserve.messages import (
     AbortRequest,
@@ -26,7 +28,10 @@ from moeserve.messages import (
     LayersSwitched,
     Migrated,
     RankFailed,
+    RankLeft,
     RankReady,
+    Rejoin,
+    Rejoined,
     SamplingParams,
     SequenceOutput,
     StepDone,
@@ -35,8 +40,9 @@ from moeserve.messages import (
 )
 from moeserve.server.balance import BalanceCollector
 from moeserve.server.balancedness import BalancednessCollector
-from moeserve.server.errors import ApiError, engine_dead, timed_out, too_busy, unavailable
+from moeserve.server.errors import ApiError, engine_dead, rank_lost, timed_out, too_busy, unavailable
 from moeserve.server.generation import Generation, RunningSequence
+from moeserve.server.membership import Membership
 from moeserve.server.metrics import ServingMetrics, make_registry
 from moeserve.server.replicas import ReplicaLoads
 from moeserve.server.settings import ServerSettings
@@ -55,6 +61,14 @@ class RankLink(Protocol):
     async def send(self, replica: int, message: ToRank) -> None: ...
 
     async def receive(self) -> tuple[int, FromRank]: ...
+
+    def lose(self, rank: int) -> None:
+        """The others go on without this rank."""
+        ...
+
+    def meeting_place(self) -> tuple[str, int]:
+        """Address and port where they may meet."""
+        ...
 
 
 class Frontend:
@@ -82,6 +96,7 @@ class Frontend:
         self.failure: str | None = None  # traceback of the rank that failed first
         self.dead = asyncio.Event()
         self.max_seq_len = settings.max_seq_len
+        self.membership = Membership(list(range(settings.num_ranks))) if settings.survive_rank_loss else None
         self._link = link
         self._sequences: dict[str, RunningSequence] = {}
         self._generations: set[Generation] = set()
@@ -117,7 +132,7 @@ class Frontend:
             self._post(replica, AddRequest(name, prompt, own))
             self._queued += 1
             self._queued_tokens += len(prompt)
-        for replica in range(self._link.num_replicas):
+        for replica in self.loads.serving:
             if replica not in used:
                 self._post(replica, Wake())
         self._generations.add(generation)
@@ -129,7 +144,7 @@ class Frontend:
         """Raises ApiError when that much new work would not be taken now."""
         self.check_serving()
         settings = self.settings
-        places = settings.max_batch_size * self._link.num_replicas
+        places = settings.max_batch_size * len(self.loads.serving)
         free = max(0, places - (len(self._sequences) - self._queued))
         if self._queued + sequences > settings.max_queued_requests + free:
             raise too_busy(
@@ -198,6 +213,11 @@ class Frontend:
         silent = [rank for rank, age in self.heartbeat_ages().items() if age > limit]
         if silent:
             return False, "degraded", f"no word for more than {limit:g} s from ranks {silent}"
+        if self.membership is not None and self.membership.lost:
+            # 200 all the same: what is left serves, and a load balancer that took it out would lose that too
+            members = self.membership
+            total = len(members.ranks) + len(members.lost)
+            return True, "degraded", f"lost ranks {members.lost}: {len(members.ranks)} of {total} serve"
         return True, "ready", ""
 
     async def run(self) -> None:
@@ -220,6 +240,8 @@ class Frontend:
     def handle(self, replica: int, message: FromRank) -> None:
         """One message of a rank of that replica."""
         now = time.monotonic()
+        if self.membership is not None and replica in self.membership.lost:
+            return  # its last words: what it worked on is with others or has ended
         if isinstance(message, StepDone):
             self._last_heard[message.rank] = now
             for output in message.outputs:
@@ -239,8 +261,79 @@ class Frontend:
         elif isinstance(message, (LayersSwitched, Migrated)):
             if self.balance is not None and self.balance.online is not None:
                 self.balance.online.handle(message)
+        elif isinstance(message, RankLeft):
+            if self.membership is not None:
+                self.membership.leave(message.rank)
+                self._let_meet()
+        elif isinstance(message, Rejoined):
+            self._last_heard[message.rank] = now
+            self._follow_survivors(message)
         elif isinstance(message, RankFailed):
+            why_not = self._cannot_spare(message)
+            if why_not is None:
+                self._lose(message)
+                return
+            if why_not:
+                log.error("cannot go on without rank %d: %s", message.rank, why_not)
             self.die(message.traceback)
+
+    def _cannot_spare(self, failure: RankFailed) -> str | None:
+        """Why the engine ends with this rank; "" where nobody wanted otherwise, None when the others can go on."""
+        members, balance = self.membership, self.balance
+        if members is None or balance is None:
+            return ""
+        if failure.mistake or not self.all_ready:
+            return "not all ranks had started"
+        if len(members.ranks) == 1:
+            return "it was the last one"
+        return balance.missing_without([*members.lost[len(balance.lost) :], failure.rank]) or None
+
+    def _lose(self, failure: RankFailed) -> None:
+        """A rank is gone and the others go on. Requests that it had begun end with an error; those that only waited
+        there begin elsewhere."""
+        assert self.membership is not None
+        rank = failure.rank
+        log.error("going on without rank %d: %s", rank, failure.traceback)
+        self._link.lose(rank)
+        self.membership.lose(rank)
+        self.loads.lose(rank)
+        self._last_heard.pop(rank, None)
+        if rank in self._stats:  # its counters stay, so that totals never go back
+            self._stats[rank] = msgspec.structs.replace(
+                self._stats[rank], running=0, waiting=0, pages_used=0, pages_total=0
+            )
+        orphans = [sequence for sequence in self._sequences.values() if sequence.replica == rank]
+        for generation in dict.fromkeys(sequence.generation for sequence in orphans if sequence.first_output):
+            self._fail(generation, rank_lost())
+        for sequence in orphans:
+            if sequence.running:
+                self.loads.remove(rank, sequence.weight)
+                prompt, params = sequence.prompt, sequence.params
+                sequence.replica, sequence.weight = self.loads.add(len(prompt), params.max_tokens)
+                self._post(sequence.replica, AddRequest(sequence.name, prompt, params))
+        self._let_meet()
+
+    def _let_meet(self) -> None:
+        """Ask the ranks that are left to meet, once all of them wait for it."""
+        members = self.membership
+        if members is not None and members.may_meet():
+            address, port = self._link.meeting_place()
+            for rank in members.ranks:
+                self._post(rank, Rejoin(members.number, members.ranks, members.lost, address, port))
+
+    def _follow_survivors(self, message: Rejoined) -> None:
+        """The first to have met the others says which placement is in force."""
+        members, balance = self.membership, self.balance
+        assert members is not None and balance is not None
+        slots, share = np.array(message.slot_to_expert), np.array(message.share)
+        placement = Placement(slots, balance.placement.num_experts, message.generation, share)
+        left = placement.num_slots // balance.topology.slots_per_rank
+        lost = members.lost[len(balance.lost) : len(members.lost) + len(members.ranks) - left]
+        if lost:
+            balance.regroup(placement, lost)
+        balance.generations[message.rank] = message.generation
+        if message.digest != placement.digest or placement.digest != balance.placement.digest:
+            self.die(f"rank {message.rank} went on with placement {message.digest}, not as the others")
 
     def die(self, reason: str) -> None:
         """The engine is gone: every request ends with an error, new ones are refused."""
@@ -320,6 +413,9 @@ class Frontend:
         generation.close()
 
     def _post(self, replica: int, message: ToRank) -> None:
+        """To a replica that was lost, nothing."""
+        if replica not in self.loads.serving:
+            return
         self._outbox.append((replica, message))
         self._outbox_filled.set()
 

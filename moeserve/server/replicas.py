@@ -20,20 +20,24 @@ class ReplicaLoads:
         self._last = [-1] * num_replicas
         self._turn = 0
         self._balance = balance
+        self.serving = list(range(num_replicas))
 
     def add(self, prompt_tokens: int, max_tokens: int) -> tuple[int, int]:
         """(replica chosen, weight to give back to remove)."""
         weight = prompt_tokens + min(max_tokens, HORIZON)
-        count = len(self.tokens)
         if self._balance:
-            replica = min(range(count), key=lambda r: (self.tokens[r], self.sequences[r], self._last[r]))
+            replica = min(self.serving, key=lambda r: (self.tokens[r], self.sequences[r], self._last[r]))
         else:
-            replica = self._turn % count
+            replica = self.serving[self._turn % len(self.serving)]
         self._last[replica] = self._turn
         self._turn += 1
         self.tokens[replica] += weight
         self.sequences[replica] += 1
         return replica, weight
+
+    def lose(self, replica: int) -> None:
+        """Give it nothing any more."""
+        self.serving.remove(replica)
 
     def remove(self, replica: int, weight: int) -> None:
         self.tokens[replica] -= weight
@@ -43,5 +47,6 @@ class ReplicaLoads:
     @property
     def balance(self) -> float:
         """Mean over maximum of the tokens in flight: 1.0 is even (and idle)."""
-        busiest = max(self.tokens)
-        return sum(self.tokens) / (len(self.tokens) * busiest) if busiest else 1.0
+        tokens = [self.tokens[replica] for replica in self.serving]
+        busiest = max(tokens)
+        return sum(tokens) / (len(tokens) * busiest) if busiest else 1.0

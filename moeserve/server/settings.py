@@ -30,6 +30,7 @@ class ServerSettings:
     heartbeat_timeout: float = 30.0  # seconds without a word from a rank until readiness fails
     drain_timeout: float | None = None  # seconds that running requests have after SIGTERM
     balance_replicas: bool = True  # attention_dp_config.enable_balance; False: in turn
+    survive_rank_loss: bool = False  # on_rank_loss = shrink
     metrics_compat: str = "vllm"  # vllm | sglang | none
 
     @property

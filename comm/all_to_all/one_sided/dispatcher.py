@@ -18,6 +18,7 @@ from moeserve.comm.all_to_all.one_sided.loops import Counts
 from moeserve.comm.all_to_all.protocol import Dispatched, Done
 from moeserve.comm.group import Group
 from moeserve.comm.symm import SymmHeap
+from moeserve.comm.wire import RankLost
 
 WINDOW_BYTES = 32 << 20
 """Shared memory of a rank's window at most, unless a single row needs more."""
@@ -198,7 +199,7 @@ class OneSidedDispatcher:
         if faults := engine.query_fault():
             rank = self._group.ranks[faults[0]]
             if engine.ended(faults[0]):
-                raise RuntimeError(f"rank {rank} has died")
+                raise RankLost(f"rank {rank} has died")
             raise RuntimeError(f"no rows or results of rank {rank} came for {self._timeout:.1f} s")
 
 

@@ -1,0 +1,44 @@
+"""Which ranks serve after losses, and when those that are left may meet again. Pure: knows no socket and no request."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Membership:
+    """Ranks by the numbers that they started with.
+
+    ranks: that serve. lost: the others, in the order of their loss. number: of the group they are in, or are about
+    to be; each meeting makes another.
+    """
+
+    ranks: list[int]
+    lost: list[int] = field(default_factory=list)
+    number: int = 0
+    _waiting: set[int] = field(default_factory=set)
+    _met: int = 0  # losses that the last meeting knew of
+
+    def lose(self, rank: int) -> None:
+        self.ranks.remove(rank)
+        self.lost.append(rank)
+        self._waiting.discard(rank)
+
+    def leave(self, rank: int) -> None:
+        """A rank has left its group and waits to hear where to meet the others."""
+        if rank in self.ranks:
+            self._waiting.add(rank)
+
+    def may_meet(self) -> bool:
+        """Whether all that are left wait and the reason is known; they then count as on their way."""
+        if len(self._waiting) < len(self.ranks) or len(self.lost) == self._met:
+            return False
+        self._waiting.clear()
+        self._met = len(self.lost)
+        self.number += 1
+        return True
+
+    @property
+    def complete(self) -> bool:
+        """No loss waits for a meeting."""
+        return len(self.lost) == self._met
