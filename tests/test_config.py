@@ -5,8 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
+from moeserve.comm.all_to_all.one_sided.dispatcher import RowSizes
 from moeserve.config import EngineConfig, add_model_and_flags, parse, parse_arguments
 from moeserve.eplb.formats.placement import PlacementFile, write_placement
 from moeserve.eplb.types import Placement
@@ -188,6 +190,18 @@ def test_online_balancing_is_told_what_it_can_do() -> None:
     spare = describe(make_plan(parse_arguments([*ranks, *slots, "36", LAYERS, "2"])))
     assert "online: windows of 50 steps" in spare and "change places" not in spare
     make_plan(parse_arguments([*ranks, *slots, "64", LAYERS, "1", f"{ONLINE}.survive-rank-loss"]))
+
+
+def test_the_plan_names_the_all_to_all() -> None:
+    ranks = ["--device", "cpu", "--tensor-parallel-size", "4"]
+    auto = make_plan(parse_arguments([*ranks, "--max-num-tokens", "64"]))
+    assert auto.all_to_all == "one_sided"
+    assert auto.dispatch_sizes() == RowSizes(max_rows=16, width=128, top_k=4, dtype=torch.float32)
+    assert "one_sided (exchange between hosts), 0.1 MiB of shared memory a rank at most" in describe(auto)
+    asked = make_plan(parse_arguments([*ranks, "--moe-config.all-to-all", "one_sided"]))
+    assert "all-to-all one_sided, " in describe(asked)
+    gather = make_plan(parse_arguments([*ranks, "--moe-config.all-to-all", "gather"]))
+    assert "all-to-all gather\n" in describe(gather)
 
 
 def test_even_routing_takes_the_shares_from_a_given_placement(tmp_path: Path) -> None:

@@ -64,13 +64,19 @@ LAYOUTS: list[dict[str, Any]] = [
     {"tensor_parallel_size": 4},
     {"tensor_parallel_size": 4, "enable_attention_dp": True, "moe_config": {"all_to_all": "gather"}},
     {"tensor_parallel_size": 4, "moe_tensor_parallel_size": 2, "moe_expert_parallel_size": 2},
-    {"tensor_parallel_size": 4, "enable_attention_dp": True, "attention_tensor_parallel_size": 2},
+    {
+        "tensor_parallel_size": 4,
+        "enable_attention_dp": True,
+        "attention_tensor_parallel_size": 2,
+        "moe_config": {"all_to_all": "exchange"},
+    },
 ]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_every_layout_gives_the_same_text(layout: dict[str, Any], texts: list[str]) -> None:
     with LLM(**layout) as llm:
+        assert llm.plan.all_to_all == layout.get("moe_config", {}).get("all_to_all", "one_sided")
         assert [answer.text for answer in llm.generate(PROMPTS, GREEDY)] == texts
 
 

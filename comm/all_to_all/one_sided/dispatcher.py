@@ -24,6 +24,7 @@ WINDOW_BYTES = 32 << 20
 """Shared memory of a rank's window at most, unless a single row needs more."""
 MAX_ROWS = 4096
 TIMEOUT_SECONDS = 300.0
+PROBE_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,11 @@ def window_config(
     def config(rows: int) -> EpConfig:
         return EpConfig(world, rows, sizes.top_k, slots_per_rank, form, form)
 
-    few, more = (EpLayout(config(rows)).nbytes for rows in (128, 256))
-    fitting = int((window_bytes - few) / ((more - few) / 128)) + 128
-    return config(max(1, min(sizes.max_rows, fitting, MAX_ROWS)))
+    few, many = 1, min(sizes.max_rows, MAX_ROWS)  # the most that fit, of these
+    while few < many:
+        rows = (few + many + 1) // 2
+        few, many = (rows, many) if EpLayout(config(rows)).nbytes <= window_bytes else (few, rows - 1)
+    return config(few)
 
 
 class _Window:
@@ -56,7 +59,7 @@ class _Window:
     def __init__(self, group: Group, sizes: RowSizes, config: EpConfig, timeout: float) -> None:
         layout = EpLayout(config)
         heap = SymmHeap.create("shm", group.rank, group.size, layout.nbytes, group)
-        self.engine = CpuEngine(heap, layout, timeout, keep_spare=False)
+        self.engine = CpuEngine(heap, layout, timeout, keep_spare=False, on_wait=group.check)
         self.sizes = sizes
         self.rows = config.max_tokens
 
@@ -96,7 +99,11 @@ class OneSidedDispatcher:
         self._window_bytes = window_bytes
         self._rows_per_rank: list[int] | None = None
         self._sizes = sizes
-        self._free: list[_Window] = [] if sizes is None else [self._new_window(sizes)]
+        self._free: list[_Window] = []
+        if sizes is None:
+            SymmHeap.create("shm", group.rank, group.size, PROBE_BYTES, group).close()
+        else:
+            self._free.append(self._new_window(sizes))
 
     def begin_step(self, rows_per_rank: Sequence[int]) -> None:
         """Says how many rows each rank of the group gives to each dispatch until the next begin_step."""
