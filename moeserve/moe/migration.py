@@ -90,10 +90,10 @@ class State(IntEnum):
 
 @dataclass(frozen=True)
 class Word:
-    """What each rank tells all others once a step while a migration runs.
+    """What each rank tells all others now and then while a migration runs.
 
-    result: of (generation, digest) that would be in force after the round. max_bytes: that it would bear in this
-    step.
+    result: of (generation, digest) that would be in force after the round. max_bytes: that it would send and
+    receive in a step until the next word.
     """
 
     order: int
@@ -180,6 +180,7 @@ STEP_PART = 0.04
 LEAST_BYTES = 32 << 10
 """A step less than this is not worth the message."""
 IDLE_BYTES = 4 << 20
+"""For a step without tokens, which nobody waits for; a request that comes meanwhile waits for it to end."""
 LINK_BYTES_PER_SECOND = 25e9
 """What a step is charged for where the host cannot see how long the device takes; below any rank's own link."""
 
@@ -194,11 +195,7 @@ class Pace:
     def __init__(self) -> None:
         self._steps: deque[float] = deque(maxlen=32)
         self._bytes = LEAST_BYTES
-        self._due_since: float | None = None
-
-    def begin(self, now: float) -> None:
-        """Of an order."""
-        self._due_since = now
+        self._due_since = 0.0
 
     def saw_step(self, seconds: float) -> None:
         """A step with work, without what a migration added to it."""
@@ -210,16 +207,16 @@ class Pace:
             factor = min(2.0, max(0.5, STEP_PART * median(self._steps) / seconds))
             self._bytes = int(num_bytes * factor)
 
-    def max_bytes(self, rate: float | None, idle: bool, now: float) -> int:
-        """0: wait for more to come due. rate: bytes a second; idle: nobody waits for this step."""
+    def max_bytes(self, rate: float | None, now: float) -> int:
+        """Of a busy step; with a rate (bytes a second) of the next transfer altogether, 0 while less is due."""
         if rate is not None:
-            assert self._due_since is not None, "begin comes first"
             due = int(min(now - self._due_since, 1.0) * rate)
             return due if due >= min(LEAST_BYTES, int(rate / 2)) else 0
-        if idle or not self._steps:
-            return IDLE_BYTES
+        if not self._steps:
+            return LEAST_BYTES
         most = STEP_PART * median(self._steps) * LINK_BYTES_PER_SECOND
         return int(max(LEAST_BYTES, min(self._bytes, most)))
 
-    def moved(self, now: float) -> None:
+    def spent(self, now: float) -> None:
+        """All that was due."""
         self._due_since = now

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import astuple
 
 from torch import Tensor
@@ -17,6 +17,7 @@ from moeserve.comm.weight_mover import TransferError, WeightMover
 from moeserve.messages import FromRank, LayersSwitched, Migrate, Migrated
 from moeserve.moe.expert_map import ExpertMap
 from moeserve.moe.migration import (
+    IDLE_BYTES,
     Pace,
     Rounds,
     State,
@@ -30,8 +31,10 @@ from moeserve.ops.spread import SplitTable
 log = logging.getLogger(__name__)
 ROUND_SECONDS = 30.0
 """A round may take so long beyond the time that its bytes need at the ordered rate."""
-VIEW_SECONDS = 0.5e-3
-"""A busy step goes on making the tables of further layers for so long; one takes 0.1 to 0.3 ms."""
+PREPARE_SECONDS = 0.5e-3
+"""A busy step goes on getting tables ready for so long, where ranks may differ in that; one takes 0.1 to 0.3 ms."""
+AGREE_EVERY = 4
+"""The ranks agree in every so many of busy steps, and in each step that is idle."""
 
 Weights = Sequence[Sequence[Tensor]]
 """Of each MoE layer: the tensors that an expert consists of, each [S, ...]."""
@@ -118,27 +121,29 @@ class _Run:
         self._moving: list[tuple[int, WeightMover]] = []  # by layer
         self._arrived: set[int] = set()
         self._views: dict[int, Tensor | SplitTable] = {}
+        self._steps = self._max_bytes = 0
         self._failures: list[str] = []
         self._began = time.perf_counter()
         self._stall = 0.0
-        pace.begin(self._began)
+        pace.spent(self._began)
+        self._after = expert_map.placement
         try:
             self._new = ordered_placement(order, expert_map.placement, expert_map.topology)
         except ValueError as error:
-            self._new = self._after = expert_map.placement
             self._fail(str(error), State.REFUSED)
         else:
             self._begin_round(self._began)
 
     def step(self, idle: bool, entered: float) -> list[FromRank]:
-        wanted = self._pace.max_bytes(self.order.bytes_per_second, idle, entered)
-        word = Word(self.order.order, self._state, fingerprint(self._after), wanted)
-        rows = self._mesh.stage.all_gather_ints(astuple(word))
-        words = [Word(row[0], State(row[1]), row[2], row[3]) for row in rows]
-        assert {word.order for word in words} == {self.order.order}, words
-        said = self._take_turn(words, entered)
-        if not self.over:
-            self._work(min(word.max_bytes for word in words), idle)
+        """Of a busy step one thing alone, as each meeting of the ranks costs it: to agree, to get a table ready, or to
+        send and receive. All ranks do the same thing."""
+        said: list[FromRank] = []
+        agree = idle or self._steps % AGREE_EVERY == 0
+        self._steps += 1
+        if agree:
+            said = self._agree(entered)
+        if not self.over and (idle or not agree):
+            self._work(idle)
         now = time.perf_counter()
         self._stall += now - entered
         if self.over:
@@ -149,8 +154,14 @@ class _Run:
         for _, mover in self._moving:
             mover.abandon()
 
-    def _take_turn(self, words: Sequence[Word], now: float) -> list[FromRank]:
-        """What all ranks have just agreed on: the round's end, one way or the other, and the next one's beginning."""
+    def _agree(self, now: float) -> list[FromRank]:
+        """Hear what all ranks say; end the round if it is over, one way or the other, and begin the next."""
+        wanted = self._pace.max_bytes(self.order.bytes_per_second, now)
+        word = Word(self.order.order, self._state, fingerprint(self._after), wanted)
+        rows = self._mesh.stage.all_gather_ints(astuple(word))
+        words = [Word(row[0], State(row[1]), row[2], row[3]) for row in rows]
+        assert {word.order for word in words} == {self.order.order}, words
+        self._max_bytes = min(word.max_bytes for word in words)
         layers = self._rounds.current
         turn = self._rounds.hear(words)
         said: list[FromRank] = []
@@ -181,46 +192,60 @@ class _Run:
 
     def _begin_round(self, now: float) -> None:
         layers = self._rounds.current
-        self._state = State.UNDER_WAY
-        self._after = placement_after(self._map.placement, layers, self._new)
-        self._views, self._arrived = {}, set()
         moved = [layer for layer in layers if self._layers[layer].moves]
-        self._moving = list(zip(moved, self._movers, strict=False))
-        assert len(self._moving) == len(moved), "a round has a mover for each of its layers"
-        num_bytes = 0
-        for layer, mover in self._moving:
-            mover.begin(self._weights[layer], self._layers[layer].moves)
-            num_bytes += 2 * len(self._layers[layer].moves) * self._expert_bytes(layer)
+        assert len(moved) <= len(self._movers), "a round has a mover for each of its layers"
+        self._state = State.UNDER_WAY
+        self._views, self._moving, self._arrived = {}, [], set()
+        self._preparations = self._prepare(layers, moved)
+        num_bytes = sum(2 * len(self._layers[layer].moves) * self._expert_bytes(layer) for layer in moved)
         rate = self.order.bytes_per_second
         self._deadline = now + ROUND_SECONDS + (0.0 if rate is None else 2 * num_bytes / rate)
 
-    def _work(self, max_bytes: int, idle: bool) -> None:
-        """This rank's part of a step: tables are made, bytes go on their way."""
+    def _prepare(self, layers: Sequence[int], moved: Sequence[int]) -> Iterator[None]:
+        """What this rank does by itself before bytes travel, in parts for a step each: as many on every rank."""
+        self._after = placement_after(self._map.placement, layers, self._new)
+        yield
+        for layer in layers:
+            self._views[layer] = self._map.view(layer, self._new)
+            yield
+        for layer, mover in zip(moved, self._movers, strict=False):
+            mover.begin(self._weights[layer], self._layers[layer].moves)
+            self._moving.append((layer, mover))
+
+    def _work(self, idle: bool) -> None:
+        """This rank's part of a step between two agreements."""
         begun = time.perf_counter()
-        for layer in self._rounds.current:
-            if layer not in self._views:
-                self._views[layer] = self._map.view(layer, self._new)
-                if not idle and time.perf_counter() - begun > VIEW_SECONDS:
-                    break
-        if max_bytes and self._moving:
-            self._transfer(max_bytes, idle)
+        transfers = any(self._layers[layer].moves for layer in self._rounds.current)
+        for _ in self._preparations:
+            # Ranks that exchange bytes must begin in the same step, so there a clock decides nothing.
+            if not idle and (transfers or time.perf_counter() - begun > PREPARE_SECONDS):
+                return
+        if self._moving:
+            self._transfer(idle)
         if self._state == State.UNDER_WAY:
-            if len(self._views) == len(self._rounds.current) and len(self._arrived) == len(self._moving):
+            if len(self._arrived) == len(self._moving):
                 self._state = State.READY
             elif begun > self._deadline:
                 self._fail(f"layers {list(self._rounds.current)}: not complete after {ROUND_SECONDS:g} s")
 
-    def _transfer(self, max_bytes: int, idle: bool) -> None:
+    def _transfer(self, idle: bool) -> None:
+        rate = self.order.bytes_per_second
+        max_bytes = IDLE_BYTES if idle and rate is None else self._max_bytes
+        if not max_bytes:
+            return
         begun = time.perf_counter()
         for layer, mover in self._moving:
             try:
                 if mover.advance(max(8, max_bytes // len(self._moving))):
                     self._arrived.add(layer)
             except TransferError as error:
-                self._fail(f"layer {layer}: {error}")
+                if self._state == State.UNDER_WAY:
+                    self._fail(f"layer {layer}: {error}")
         now = time.perf_counter()
-        self._pace.moved(now)
-        if not idle:
+        if rate is not None:
+            self._max_bytes = 0  # what was due is spent; the next agreement sees what has come due since
+            self._pace.spent(now)
+        elif not idle:
             self._pace.saw_transfer(max_bytes, now - begun)
 
     def _fail(self, why: str, state: State = State.FAILED) -> None:
