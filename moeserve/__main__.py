@@ -237,6 +237,13 @@ def add_dashboard(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ranks-per-node", type=int, metavar="N", help="(default: as recorded, else one node)"
     )
+    parser.add_argument(
+        "--expert-bytes",
+        type=int,
+        default=0,
+        metavar="N",
+        help="weights of one expert in a layer, to show bytes",
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8001, help="0 takes a free one (default: %(default)s)")
 
@@ -253,7 +260,9 @@ def dashboard(flags: argparse.Namespace) -> int:
         value = getattr(flags, name)
         if value is not None and value < 1:
             raise ValueError(f"{name} = {value}: must be at least 1")
-    source = FileSource(Path(flags.stats), flags.ep_size, flags.ranks_per_node)
+    if flags.expert_bytes < 0:
+        raise ValueError(f"expert_bytes = {flags.expert_bytes}: must be at least 0")
+    source = FileSource(Path(flags.stats), flags.ep_size, flags.ranks_per_node, flags.expert_bytes)
     listener = bind(flags.host, flags.port)
     host, port = listener.getsockname()[:2]
     print(f"{flags.stats} is shown at http://{host}:{port}/dashboard (Ctrl-C ends it)", flush=True)

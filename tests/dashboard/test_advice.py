@@ -119,3 +119,22 @@ def test_knee_is_where_another_slot_brings_little(values: list[float], place: in
 def test_wrong_wishes_are_named(file: Path, given: tuple[int, int, str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         advice.what_if(FileSource(file).read(), "decode", *given)
+
+
+def test_weights_and_moves_in_bytes(file: Path) -> None:
+    recording = FileSource(file, expert_bytes=1000).read()
+    verdict = advice.verdict(recording, "decode")
+    same, more = verdict["proposals"]
+    assert same["bytes"] == 1000 * same["moves"] > 0 and more["bytes"] is None
+    assert (same["rank_bytes"], more["rank_bytes"]) == (8 * 3 * 1000, 9 * 3 * 1000)
+    assert verdict["bytes_per_second"] is None  # nothing moved yet
+    assert advice.verdict(FileSource(file).read(), "decode")["proposals"][0]["rank_bytes"] is None
+
+
+def test_what_if_for_a_file_is_the_what_if(file: Path) -> None:
+    recording = FileSource(file).read()
+    every = advice.what_if_anywhere(recording, "decode")
+    for extra in (0, 2):
+        one = advice.what_if(recording, "decode", 4, extra, "auto", 1)
+        assert every["ranks"][extra][1] == one["ranks"] and every["knee"] == one["knee"]
+        assert every["points"][extra] | {"seconds": 0} == one["points"][extra] | {"seconds": 0}

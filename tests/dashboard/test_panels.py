@@ -108,3 +108,58 @@ def test_the_command_says_what_a_file_lacks(tmp_path: Path, capsys: pytest.Captu
     file.write_text(json.dumps({"format": "something else"}))
     assert main(["dashboard", str(file)]) == 2
     assert "expected" in capsys.readouterr().err
+
+
+def rebalance(time: float, result: str = "applied", phase: str | None = "decode") -> dict[str, Any]:
+    return {
+        "generation": int(time), "trigger": "periodic", "phase": phase, "result": result, "reason": "gain",
+        "before": 1.4, "predicted": 1.1, "after": 1.2, "moves": 2, "bytes": 20, "bytes_by_link": {"intra_node": 20},
+        "rank_bytes": [[0, 20], [0, 0]], "solve_seconds": 0.1, "migration_seconds": 0.5, "stall_seconds": 0.01,
+        "net_seconds": 2.0, "time": time,
+    }  # fmt: skip
+
+
+def moved(*rebalances: dict[str, Any], **given: Any) -> Recording:
+    """Four windows of decode, a second each from 1970 on; expert 0 stood on rank 0 alone before."""
+    counts = np.array([[[4, 6, 2], [4, 6, 2]]] * 4)
+    about = tuple(Window("decode", 10 * i, 10, 12, f"1970-01-01T00:00:0{i}Z") for i in range(4))
+    load = ExpertLoad(counts, (3, 7), about, model="m")
+    before = Placement(np.array([[0, 0, 1, 2], [0, 0, 1, 2]]), 3, generation=4)
+    return Recording(
+        "1", lambda: load, TWICE, Topology.of(2, 4), previous=before, rebalances=tuple(rebalances), **given
+    )
+
+
+def test_a_rebalance_stands_where_it_came_into_force() -> None:
+    found = panels.history(moved(rebalance(2.5), rebalance(1.5, "skipped"), rebalance(0.5)), "decode", 0)
+    assert [(one["at"], one["generation"]) for one in found["rebalances"]] == [(1, 0), (3, 2)]
+    assert found["predicted"] == [None, 1.1, 1.1, 1.1]
+    assert found["basis"] == "placement" and found["mean"] == found["in_force"]
+    other = panels.history(moved(rebalance(2.5, phase="prefill")), "decode", 0)
+    assert other["predicted"] == [None] * 4 and len(other["rebalances"]) == 1  # promised for another phase
+
+
+def test_what_was_measured_goes_before_what_would_be() -> None:
+    ranks = np.array([[[9.0, 3.0], [6.0, 6.0]]] * 4)
+    found = panels.history(moved(make_measured=lambda: {"decode": ranks}), "decode", 0)
+    assert (found["basis"], found["worst"][0], found["chosen"][0]) == ("measured", 1.5, 1.5)
+    assert found["mean"] == [1.25] * 4 and found["in_force"] == [1.3333] * 4
+
+
+def test_a_layer_shows_what_the_last_change_changed() -> None:
+    found = panels.layer_detail(moved(), "decode", 0, 0)
+    before = found["previous"]
+    assert (before["generation"], before["slot_to_expert"]) == (4, [0, 0, 1, 2])
+    assert before["ranks"] == [0.6667, 1.3333] and before["imbalance"] == 1.333333
+    assert panels.layer_detail(DECODE_AND_PREFILL, "decode", 0, 0)["previous"] is None
+
+
+def test_rebalances_and_what_they_brought() -> None:
+    recording = moved(rebalance(2.5), rebalance(1.5, "skipped"), rebalance(0.5), expert_bytes=10)
+    source = FileSource.__new__(FileSource)
+    source.model, source.file = "m", None
+    found = panels.rebalances(source, recording)
+    assert (found["applied"], found["net_seconds"], len(found["rebalances"])) == (2, 4.0, 3)
+    head = panels.summary(source, recording)
+    # experts 1 and 2 of both layers stand once, expert 0 on both ranks
+    assert (head["on_one_rank"], head["expert_bytes"], head["survives_rank_loss"]) == (4, 10, False)

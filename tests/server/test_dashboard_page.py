@@ -19,6 +19,7 @@ import httpx
 import numpy as np
 import pytest
 
+from moeserve import offline
 from moeserve.eplb import cli
 from moeserve.eplb.formats.stats import write_stats
 from moeserve.eplb.load import ExpertLoad, Window
@@ -26,6 +27,7 @@ from moeserve.eplb.synthetic import Traffic
 from moeserve.eplb.types import Placement, Topology
 from moeserve.expert_balance import ExpertBalance
 from moeserve.messages import ExpertCounts
+from tests.online.fakes import Engine, skewed
 
 pytestmark = pytest.mark.browser
 READY = "document.getElementById('map-text')?.textContent"
@@ -224,7 +226,7 @@ def test_layers_columns_windows_and_tables(browser: Browser, recorded: Recorded)
     )
     browser.wait("document.getElementById('window-text').textContent.startsWith('3 of 6')")
     rows = browser.wait("[...document.querySelectorAll('tbody')].map((body) => body.rows.length)")
-    assert rows == [58, 6, 256, 5]
+    assert rows == [58, 6, 256, 0, 5]
     browser.run("document.querySelector('#phases [data-value=prefill]').click()")
     browser.wait("document.getElementById('verdict').textContent.startsWith('In prefill')")
     browser.wait("document.getElementById('window-text').textContent.startsWith('all 2')")
@@ -252,6 +254,52 @@ def test_what_if_and_its_command(
     lines = json.loads(capsys.readouterr().out)["lines"]
     ours = next(line for line in lines if line["placement"].startswith("ours") and line["split"] == "shares")
     assert f"{ours['held_out']['mean']:.2f}" == promised
+
+
+SHOWN = ("verdict", "window-text", "map-text", "history-text", "layer-sentence", "ranks-text", "slots-text")
+
+
+def shown(browser: Browser, url: str) -> list[list[str]]:
+    """What the panels say of several choices, but for how long the solver took."""
+    browser.open(url)
+    browser.wait(SOLVED)
+    said = []
+    for action in (
+        "0",
+        "document.querySelector('#columns [data-value=slot]').click()",
+        "const w = document.getElementById('window'); w.value = 1; w.dispatchEvent(new Event('input'))",
+        "const l = document.getElementById('layer'); l.value = 40; l.dispatchEvent(new Event('change'))",
+        "document.querySelector('#phases [data-value=prefill]').click()",
+    ):
+        browser.run(action)
+        time.sleep(0.6)
+        browser.wait(f"{SOLVED} && !document.querySelector('.busy')")
+        words = browser.run("return arguments[0].map((id) => document.getElementById(id).textContent)", SHOWN)
+        said.append([*words, browser.text("what-if-text").partition("; solved in")[0]])
+    return said
+
+
+@pytest.mark.slow
+def test_the_page_in_a_file_says_the_same(browser: Browser, recorded: Recorded, tmp_path: Path) -> None:
+    """Its script works out what the server's Python does; it opens from the disk and asks nobody."""
+    browser.show(1280, 900)
+    said = shown(browser, recorded.url)
+    assert len(set(map(tuple, said))) == len(said)  # each choice changed something
+    answer = httpx.get(f"{recorded.url}/api/page.html", timeout=60)
+    assert answer.headers["content-disposition"] == 'attachment; filename="expert-balance.html"'
+    page = tmp_path / "page.html"
+    page.write_bytes(answer.content)
+    asked = browser.addresses()
+    assert shown(browser, page.as_uri()) == said
+    assert browser.addresses() - asked == {page.as_uri()} and not browser.complaints()
+    assert browser.text("contact-text") == "written to a file"
+    stats = browser.run("return document.getElementById('download').href")
+    script = "const done = arguments[0]; return fetch(arguments[0]).then((a) => a.text(), (e) => 'refused')"
+    assert stats.startswith("blob:") and browser.run(script, "https://example.org") == "refused"
+    browser.complaints()
+    for width, dark in ((1280, True), (400, False)):
+        browser.show(width, 900, dark)
+        assert browser.run("return document.documentElement.scrollWidth") == width
 
 
 @pytest.mark.slow
@@ -302,6 +350,60 @@ def test_a_running_server(browser: Browser, start_server: Callable[..., Any]) ->
     assert browser.text("window-text").startswith("all 2")
     browser.hide(False)
     browser.wait("document.getElementById('window-text').textContent.startsWith('all 3')")
+    assert not browser.complaints()
+
+
+def test_the_report_of_eplb_offline_is_the_page(browser: Browser, large: Path, tmp_path: Path) -> None:
+    """From the placement that stands to a solved one: bytes by rank, and what would change in a layer."""
+    placement, page = tmp_path / "placement.json", tmp_path / "page.html"
+    assert offline.main([str(large), "--redundant", "32", "-o", str(placement), "--quiet"]) == 0
+    given = ["report", str(large), "--placement", str(placement), "--expert-bytes", "1000"]
+    assert offline.main([*given, "--report", f"html={page}"]) == 0
+    browser.show(1280, 900)
+    browser.complaints()  # of the tests before
+    browser.open(page.as_uri())
+    browser.wait(SOLVED)
+    assert browser.text("rebalances-text").startswith("Nothing was moved: 1 step from the placement")
+    assert browser.run("return document.querySelectorAll('#matrix .cell').length") == 32 * 32
+    assert re.match(r"Since generation 0: slot \d+ on rank 0: .* more", browser.text("changes"))
+    assert browser.run("return document.querySelectorAll('#ranks .before').length") == 33  # and its key
+    assert not browser.complaints()
+
+
+def test_what_the_balancer_did(browser: Browser, start_server: Callable[..., Any]) -> None:
+    """Rebalances of a running server: a line in time, a row in the table, bytes, ghosts of before, shares."""
+    engine = Engine(windows=4, min_gain=0.02)
+    for i in range(12):
+        engine.window(skewed(0 if i < 6 else 7, seed=i))
+    done = engine.balance.status()["rebalances"]
+    applied = [one for one in done if one["result"] == "applied"]
+    server = start_server(balance=engine.balance, metrics_compat="none")
+    browser.show(1280, 900)
+    browser.open(f"{server.url}/dashboard")
+    browser.wait(SOLVED)
+    rows = browser.run(
+        "return [...document.querySelectorAll('#rebalances tbody tr')].map((r) => r.className)"
+    )
+    assert rows == [one["result"] for one in done] and len(applied) > 1
+    assert browser.text("rebalances-text").startswith(
+        f"The balancer watches. {len(applied)} rebalances applied"
+    )
+    first = browser.run("return document.querySelector('#rebalances tr.applied').textContent")
+    newest = applied[0]
+    assert f"{newest['before']:.2f}x \u2192 {newest['predicted']:.2f}x promised" in first
+    total = sum(map(sum, newest["rank_bytes"]))
+    assert browser.text("bytes-text").startswith(f"{total / 1024:.1f} KiB in all")
+    browser.run("document.querySelectorAll('#rebalances button')[1].click()")
+    assert browser.text("bytes-title").endswith(f"generation {applied[1]['generation']}")
+    assert browser.run("return document.querySelectorAll('#ranks .before').length") == 5
+    assert browser.run("return document.querySelectorAll('.share').length") > 0
+    lines = browser.run("return document.querySelectorAll('#history svg .event').length")
+    assert lines >= 1  # a second's windows come to one point of the axis
+    browser.run("document.querySelectorAll('details').forEach((details) => { details.open = true; })")
+    for width in (1280, 800, 400):
+        browser.show(width, 900)
+        time.sleep(0.2)
+        assert browser.run("return document.documentElement.scrollWidth") == width
     assert not browser.complaints()
 
 

@@ -4,7 +4,7 @@ import { matrix } from "./chart.js";
 import { at, fillTable, make } from "./views.js";
 import { bytes, changeWords, count, ms, percent, plural, rebalancesSentence, seconds, times } from "./words.js";
 
-const HEAD = ["when", "trigger", "outcome", "imbalance", "experts moved", "in node", "between nodes", "solve", "transfer", "stall", "net gain", "reason"];
+const HEAD = ["when", "trigger", "outcome", "imbalance", "reason", "moved", "in node", "across", "solve", "transfer", "stall", "net gain"];
 const MOST_EXPERTS = 12, MOST_CHANGES = 10;
 
 let chosen = null; // the time of the rebalance whose bytes are shown, null for the newest that moved something
@@ -35,9 +35,9 @@ function cells(one) {
   const acted = one.result !== "skipped", timed = acted && one.result !== "planned";
   return [
     one.time ? new Date(one.time * 1000).toLocaleTimeString("en-GB") : "-", one.trigger + (one.phase ? `, ${one.phase}` : ""),
-    one.result === "applied" ? `applied: generation ${one.generation}` : one.result, changeWords(one), acted ? count(one.moves) : "-",
+    one.result === "applied" ? `generation ${one.generation}` : one.result, changeWords(one), one.reason, acted ? count(one.moves) : "-",
     acted ? bytes(links.intra_node ?? 0) : "-", acted ? bytes(links.inter_node ?? 0) : "-", one.result === "planned" ? "-" : ms(one.solve_seconds), timed ? ms(one.migration_seconds) : "-",
-    timed ? ms(one.stall_seconds) : "-", one.net_seconds === null || one.net_seconds === undefined || !acted ? "-" : seconds(one.net_seconds), one.reason,
+    timed ? ms(one.stall_seconds) : "-", one.net_seconds === null || one.net_seconds === undefined || !acted ? "-" : seconds(one.net_seconds),
   ];
 }
 

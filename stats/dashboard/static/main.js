@@ -210,12 +210,12 @@ function showHistory() {
   lineChart(place, {
     series: series.map(([kind, values]) => ({ kind, values })), names, here: windowIndex(),
     label: "Imbalance of the worst layer, of the median layer and of the chosen layer, by window",
-    events: history.rebalances.map((one) => ({ at: one.at, label: `generation ${one.generation}` })),
+    events: history.rebalances.map((one) => ({ at: one.at, label: `gen ${one.generation}` })),
     onPoint: (i) => { at("history-text").textContent = sentence(i ?? windowIndex() ?? names.length - 1); },
     onPick: (i) => pickWindow(i),
   });
   const entries = series.map(([kind, , words]) => [kind, words]);
-  if (history.rebalances.length) entries.push(["event", "a rebalance came into force"]);
+  if (history.rebalances.length) entries.push(["event", "a new generation of the placement"]);
   place.append(keys(entries));
   at("history-text").textContent = sentence(windowIndex() ?? names.length - 1);
   const columns = [["mean", history.mean], ["placement in force", history.in_force], ["promised", history.predicted]];

@@ -86,7 +86,7 @@ export function rebalancesSentence({ state, rebalances, applied, net_seconds: ne
   const others = rebalances.filter((one) => ["skipped", "failed"].includes(one.result)).length;
   const planned = rebalances.length - applied - others;
   if (planned) return `Nothing was moved: ${plural(planned, "step")} from the placement that stands to the last one given.`;
-  const worth = net === null ? "" : `, which saved ${seconds(net)} of the engine's time after what they cost`;
+  const worth = net === null ? "" : `, expected to save ${seconds(net)} of the engine's time beyond the stalls that they cost`;
   return `${doing} ${plural(applied, "rebalance")} applied${worth}${others ? `; ${others} skipped or failed` : ""}.`;
 }
 
