@@ -20,14 +20,17 @@ _LEAST_STEP_GAIN = 5e-4  # lower imbalance for each slot written
 _TRIALS = 8
 
 
-def improve_even(problem: Problem, current: Placement, max_moves: int) -> Ints:
-    """slots [L, P], at most max_moves of a layer changed, for replicas that share evenly."""
+def improve_even(problem: Problem, current: Placement, max_moves: int, reassign: bool = True) -> Ints:
+    """slots [L, P], at most max_moves of a layer changed, for replicas that share evenly. reassign: redundant slots
+    may be given to other experts, else experts change places alone."""
     ranks = problem.topology.num_ranks
     placed = slot_major(current.slot_to_expert, ranks)
     count = current.replica_count.copy()
     beta = 30.0 if problem.num_windows > 1 else 300.0
     connect = problem.weighted and problem.redundant > 0
-    options = Options(beta, _LEAST_GAIN, 60, 4, max_moves, connect, problem.redundant > 0, problem.least)
+    options = Options(
+        beta, _LEAST_GAIN, 60, 4, max_moves, connect, reassign and problem.redundant > 0, problem.least
+    )
     problem.kernels.improve(problem.prepared[0], count, placed, node_of(problem.topology, False), options)
     slots = rank_major(placed)
     assert ((slots != current.slot_to_expert).sum(axis=1) <= max_moves).all()

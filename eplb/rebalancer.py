@@ -6,7 +6,9 @@ Windows hold logical load, so they stay valid over a migration.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +24,12 @@ from moeserve.eplb.routing import static_shares, step_shares
 from moeserve.eplb.solver import explain
 from moeserve.eplb.types import Floats, Ints, MigrationPlan, Placement, Topology
 
+_SWAPS = partial(improve_even, reassign=False)
+_SEARCHES: dict[str, tuple[Callable[[Problem, Placement, int], Ints], ...]] = {
+    "even": (improve_even, _SWAPS),
+    "shares": (improve_even, _SWAPS),
+    "step": (lambda *given: improve_steps(*given)[0], improve_even, _SWAPS),
+}
 _FAR = 0.03  # relative gain of a fresh placement from which small steps are worth taking
 _DECISIONS = 8  # over which min_gain may then be spread
 
@@ -194,19 +202,25 @@ class Rebalancer:
             survive_rank_loss=s.survive_rank_loss,
             routing=s.routing,
         )
-        slots: Ints
-        if s.routing == "step":
-            slots, _ = improve_steps(problem, current, s.max_moves_per_layer)
-        else:
-            slots = improve_even(problem, current, s.max_moves_per_layer)
-        found = self._placement(slots, windows)
-        after = self._imbalance(windows, found)
+        tries = [search(problem, current, s.max_moves_per_layer) for search in _SEARCHES[s.routing]]
+        found, after = self._best_of(windows, tries)
         kept, then = self._worthwhile_layers(before, found, after, min_gain / 2)
         was = float(before.mean())
         if float(then.mean()) <= was * (1 - min_gain) or not self._far_off(problem, windows, was):
             return kept, then, min_gain
         least = min_gain / _DECISIONS
         return *self._worthwhile_layers(before, found, after, least / 2), least
+
+    def _best_of(self, windows: npt.NDArray[np.int64], tries: list[Ints]) -> tuple[Placement, Floats]:
+        """Each layer as the best of several slots [L, P] has it, and its imbalance [L]. A search that goes downhill
+        within few moves ends in a different valley for each kind of step that it may take."""
+        found = [self._placement(slots, windows) for slots in tries]
+        after = np.stack([self._imbalance(windows, placement) for placement in found])
+        best, layers = after.argmin(axis=0), np.arange(self.placement.num_layers)
+        slots = np.stack([placement.slot_to_expert for placement in found])[best, layers]
+        share = np.stack([placement.share for placement in found])[best, layers]
+        kept = Placement(slots, self.placement.num_experts, self.placement.generation + 1, share)
+        return kept, after[best, layers]
 
     def _far_off(self, problem: Problem, windows: npt.NDArray[np.int64], now: float) -> bool:
         """Whether even a quick fresh placement is so much better that small steps towards the like are worth it."""

@@ -226,3 +226,19 @@ def test_a_solver_that_hangs_is_given_up() -> None:
         assert service.state == "dead"
     finally:
         service.close()
+
+
+@pytest.mark.parametrize("routing", ["even", "shares", "step"])
+def test_a_slot_much_heavier_than_others_is_moved_too(routing: Routing) -> None:
+    """Four hot experts on ranks 0 and 3 alone: every useful swap is a large step, and one alone lowers no maximum."""
+    topology = Topology.of(4, 20)
+    load = np.where(np.arange(16) < 4, 400, 100)[None]
+    rebalancer = Rebalancer(Placement.identity(1, 16, 20), topology, Settings(routing=routing))
+    for _ in range(4):
+        rebalancer.observe(load)
+        rebalancer.observe(load)
+        decision = rebalancer.decide()
+        if decision.plan:
+            assert decision.moves <= 4
+            rebalancer.applied(decision.plan.new)
+    assert rebalancer.decide().before < 1.02
