@@ -17,7 +17,7 @@ import numpy as np
 from moeserve.eplb.formats.placement import PlacementFile, format_placement
 from moeserve.eplb.load import ExpertLoad, Window
 from moeserve.eplb.loss import without_rank
-from moeserve.eplb.metrics import FORMULA, imbalance, rank_load
+from moeserve.eplb.metrics import FORMULA, balance, imbalance, rank_load
 from moeserve.eplb.types import Floats, Placement, Topology
 from moeserve.messages import ExpertCounts
 from moeserve.stats.snapshot import PHASES, Counts, LoadRing, LoadWindow, Phase
@@ -205,7 +205,8 @@ class ExpertBalance:
             top_k=self.top_k,
             expert_groups=self.expert_groups,
             ep_size=self.topology.num_ranks,
-            placement=None if _is_identity(placement) else placement,
+            ranks_per_node=self.topology.ranks_per_node,
+            placement=None if _is_identity(placement, self.topology.num_ranks) else placement,
         )
 
     def placement_text(self) -> str:
@@ -262,7 +263,15 @@ class ExpertBalance:
             "predicted": None if predicted is None else round(predicted, 6),
             "measured": measured,
             "window_steps": found.steps,
+            "kept": self._kept(phase),
         }
+
+    def _kept(self, phase: Phase) -> dict[str, Any]:
+        """Over all windows of stats.json, each by itself: what eplb-offline report says of that file."""
+        at = PHASES.index(phase)
+        loads = np.stack([window.load[at] for window in self.ring.windows if window.tokens[at]])
+        found = balance(loads, self.placement, self.topology)
+        return {"mean": round(found.mean, 6), "worst": round(found.worst, 6), "windows": len(loads)}
 
     def _tell(self, now: float) -> None:
         """A line in the log every RECENT_SECONDS while there is traffic."""
@@ -280,6 +289,8 @@ class ExpertBalance:
             )
 
 
-def _is_identity(placement: Placement) -> bool:
-    shape = (placement.num_layers, placement.num_experts, placement.num_slots)
-    return Placement.identity(*shape).digest == placement.digest
+def _is_identity(placement: Placement, num_ranks: int) -> bool:
+    """Whether it is what a reader takes for the placement where none is named: experts in order, no more slots than
+    the ranks need for them."""
+    shape = (placement.num_layers, placement.num_experts, -(-placement.num_experts // num_ranks) * num_ranks)
+    return placement.num_slots == shape[2] and Placement.identity(*shape).digest == placement.digest

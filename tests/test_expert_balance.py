@@ -103,6 +103,7 @@ def test_status_says_what_is_true_without_online_balancing() -> None:
             "predicted": None,
             "measured": None,
             "window_steps": 10,
+            "kept": {"mean": 1.666667, "worst": 1.666667, "windows": 1},
         }
     }
 

@@ -47,7 +47,7 @@ class LiveSource:
             windows[-1].end,
             {str(phase): found for phase, found in balance.imbalance().items()},
             previous=balance.previous,
-            rebalances=tuple(balance.status()["rebalances"]),
+            rebalances=tuple(balance.online.history()) if balance.online is not None else (),
             make_measured=lambda: measured(windows, balance.topology),
             expert_bytes=balance.expert_bytes,
             routing=balance.split,
