@@ -529,13 +529,14 @@ static float highest_mean(int G, int T, const float *L) {
     return total / (float)T;
 }
 
-static void anneal(int E, int T, int G, int K, const float *load, int32_t *count, int32_t *slots, float beta,
-                   int steps, int connect, int least, uint64_t state) {
+static void anneal(int E, int T, int G, int K, const float *load, int32_t *count, int32_t *slots,
+                   const int32_t *node, float beta, int steps, int connect, int least, uint64_t state) {
     int P = K * G, spare = 0;
     float *L = get((size_t)G * T, 4), *N = get((size_t)G * T, 4), *energy = get(G, 4), *after = get(G, 4);
     int32_t *best_count = get(E, 4), *best_slots = get(P, 4), *parent = get(G, 4), *first = get(E, 4);
     int32_t *touched = get(G, 4);
-    uint8_t *has = get((size_t)E * G, 1);
+    uint8_t *has = get((size_t)E * G, 1), *at = get((size_t)E * G, 1); /* copies on ranks, experts in nodes */
+    for (int p = 0; p < P; p++) at[(size_t)slots[p] * G + node[p % G]] = 1; /* as they stand now: they stay there */
     memcpy(best_count, count, sizeof(int32_t) * E);
     memcpy(best_slots, slots, sizeof(int32_t) * P);
     for (int p = 0; p < P; p++) has[(size_t)slots[p] * G + p % G]++;
@@ -558,8 +559,8 @@ static void anneal(int E, int T, int G, int K, const float *load, int32_t *count
         float chance = (float)(split_mix(&state) >> 40) * (1.0f / 16777216.0f);
         int reassign = spare > 0 && kind % 2 == 0, p = (int)(one % (uint64_t)P), g = p % G, b = slots[p];
         int q = (int)(two % (uint64_t)P), h = q % G, a = reassign ? (int)(two % (uint64_t)E) : slots[q], num = 0;
-        if (a == b || has[(size_t)a * G + g]) continue;
-        if (reassign ? count[b] <= least || count[a] >= G : has[(size_t)b * G + h]) continue;
+        if (a == b || has[(size_t)a * G + g] || !at[(size_t)a * G + node[g]]) continue;
+        if (reassign ? count[b] <= least || count[a] >= G : has[(size_t)b * G + h] || node[g] != node[h]) continue;
         touched[num++] = g;
         if (reassign) {
             for (int x = 0; x < G; x++)
@@ -619,16 +620,17 @@ static void anneal(int E, int T, int G, int K, const float *load, int32_t *count
     memcpy(count, best_count, sizeof(int32_t) * E);
     memcpy(slots, best_slots, sizeof(int32_t) * P);
     free(L), free(N), free(energy), free(after), free(best_count), free(best_slots), free(parent), free(first);
-    free(touched), free(has);
+    free(touched), free(has), free(at);
 }
 
 /* Simulated annealing by swaps of slots and new owners of redundant slots; keeps the best by the mean over the
- * windows of the highest rank load. count [N][E] and slots [N][K][G] in and out. */
-void eplb_anneal(int N, int E, int T, int G, int K, const float *load, int32_t *count, int32_t *slots, float beta,
-                 int steps, int connect, int least, int seed) {
+ * windows of the highest rank load. count [N][E] and slots [N][K][G] in and out; node [G]: experts stay in the nodes
+ * in which they stand. */
+void eplb_anneal(int N, int E, int T, int G, int K, const float *load, int32_t *count, int32_t *slots,
+                 const int32_t *node, float beta, int steps, int connect, int least, int seed) {
     for (int n = 0; n < N; n++)
-        anneal(E, T, G, K, load + (size_t)n * E * T, count + (size_t)n * E, slots + (size_t)n * K * G, beta, steps,
-               connect, least, (uint64_t)seed);
+        anneal(E, T, G, K, load + (size_t)n * E * T, count + (size_t)n * E, slots + (size_t)n * K * G, node, beta,
+               steps, connect, least, (uint64_t)seed);
 }
 
 /* ------------------------------------------------------------------ exploring under routing step by step */

@@ -61,6 +61,7 @@ class Kernels(Protocol):
         load: Singles,
         count: Ints,
         slots: Ints,
+        node: Ints,
         beta: float,
         steps: int,
         connect: bool,
@@ -181,17 +182,18 @@ class Native:
         load: Singles,
         count: Ints,
         slots: Ints,
+        node: Ints,
         beta: float,
         steps: int,
         connect: bool,
         least: int,
         seed: int,
     ) -> None:
-        load = np.ascontiguousarray(load, np.float32)
+        load, node = np.ascontiguousarray(load, np.float32), np.ascontiguousarray(node, np.int32)
         layers, experts, windows = load.shape
         self.library.eplb_anneal(
             layers, experts, windows, slots.shape[2], slots.shape[1], _at(load), _at(count), _at(slots),
-            ctypes.c_float(beta), steps, int(connect), least, seed,
+            _at(node), ctypes.c_float(beta), steps, int(connect), least, seed,
         )  # fmt: skip
 
     def explore(

@@ -10,20 +10,38 @@ from moeserve.eplb.types import Ints
 
 
 def anneal(
-    load: Singles, count: Ints, slots: Ints, beta: float, steps: int, connect: bool, least: int, seed: int
+    load: Singles,
+    count: Ints,
+    slots: Ints,
+    node: Ints,
+    beta: float,
+    steps: int,
+    connect: bool,
+    least: int,
+    seed: int,
 ) -> None:
-    """Changes count [N, E] and slots [N, K, G] in place."""
+    """Changes count [N, E] and slots [N, K, G] in place; experts stay in the nodes [G] in which they stand."""
     for x, c, s in zip(np.asarray(load, F), count, slots, strict=True):
-        _anneal(x, c, s, F(beta), steps, connect, least, seed)
+        _anneal(x, c, s, np.asarray(node), F(beta), steps, connect, least, seed)
 
 
 def _anneal(
-    load: Singles, count: Ints, slots: Ints, beta: F, steps: int, connect: bool, least: int, seed: int
+    load: Singles,
+    count: Ints,
+    slots: Ints,
+    node: Ints,
+    beta: F,
+    steps: int,
+    connect: bool,
+    least: int,
+    seed: int,
 ) -> None:
     ranks = slots.shape[1]
     flat, experts = slots.reshape(-1), len(count)
     has = np.zeros((experts, ranks), np.int32)
     np.add.at(has, (flat, np.arange(len(flat)) % ranks), 1)
+    at = np.zeros((experts, ranks), bool)
+    at[flat, node[np.arange(len(flat)) % ranks]] = True
     each = load[slots] * (F(1) / count[slots].astype(F))[..., None]
     at_rank: Singles = in_order(each)
     highest = np.maximum(at_rank.max(), F(0))
@@ -46,7 +64,9 @@ def _anneal(
         p, q = one % len(flat), two % len(flat)
         g, h, b = p % ranks, q % ranks, int(flat[p])
         a = two % experts if reassign else int(flat[q])
-        if a == b or has[a, g] or (count[b] <= least or count[a] >= ranks if reassign else has[b, h]):
+        if a == b or has[a, g] or not at[a, node[g]]:
+            continue
+        if count[b] <= least or count[a] >= ranks if reassign else has[b, h] or node[g] != node[h]:
             continue
         na, nb = F(count[a]), F(count[b])
         if reassign:

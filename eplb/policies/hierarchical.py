@@ -7,6 +7,7 @@ Tokens of group-limited routing then mostly stay in the nodes of their groups.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import lru_cache
 from itertools import combinations
 
@@ -14,9 +15,18 @@ import numpy as np
 import numpy.typing as npt
 
 from moeserve.eplb.native import Singles
-from moeserve.eplb.policies.problem import Problem, rank_major
-from moeserve.eplb.policies.robust import effort_for, explores, highest_load, node_of, order_of, refine
-from moeserve.eplb.policies.search import explore
+from moeserve.eplb.policies.greedy import greedy
+from moeserve.eplb.policies.problem import Problem, rank_major, slot_major
+from moeserve.eplb.policies.robust import (
+    Effort,
+    effort_for,
+    explores,
+    highest_load,
+    node_of,
+    order_of,
+    refine,
+)
+from moeserve.eplb.policies.search import SMALL, explore, search
 from moeserve.eplb.types import Floats, Ints
 
 _MOST_PACKINGS = 3000
@@ -29,7 +39,21 @@ def hierarchical(problem: Problem) -> Ints:
     reason = not_hierarchical(problem)
     if reason:
         raise ValueError(f"policy hierarchical: {reason}")
-    effort = effort_for(problem)
+    effort = replace(effort_for(problem), rounds=200, patience=4)
+    if problem.num_windows > 1:
+        effort = replace(effort, least_gain=2e-3)  # few slots may swap within a node: small gains count
+    counts, placed = _within_nodes(problem, effort)
+    _improve(problem, counts, placed, effort)
+    if problem.redundant and nodes > 1:
+        _across_nodes(problem, counts, placed, effort)
+    if not problem.weighted and topology.num_slots <= SMALL:
+        _or_greedy(problem, counts, placed)
+    return rank_major(placed)
+
+
+def _within_nodes(problem: Problem, effort: Effort) -> tuple[Ints, Ints]:
+    """(replica counts [L, E], slots [L, K, G]) with the groups packed on nodes, each node placed by itself."""
+    topology, nodes = problem.topology, problem.topology.num_nodes
     load, mean, std = problem.prepared
     groups, layers = problem.expert_groups, problem.num_layers
     size = problem.num_experts // groups
@@ -53,23 +77,49 @@ def hierarchical(problem: Problem) -> Ints:
     placed = np.ascontiguousarray(placed.reshape(layers, topology.slots_per_rank, -1).astype(np.int32))
     counts = np.empty((layers, problem.num_experts), np.int32)
     np.put_along_axis(counts, experts.reshape(layers, -1), count.reshape(layers, -1), axis=1)
+    return counts, placed
 
-    refine(problem, load, counts, placed, problem.weighted, effort, by_node=True)
-    if problem.redundant and nodes > 1:
-        within = counts.copy(), placed.copy()
-        for layer in range(layers):
-            for _ in range(1 if nodes <= 4 else 2):
-                if problem.weighted:
-                    _bridge(problem, mean[layer], counts[layer], placed[layer])
-                else:
-                    _level(problem, load[layer], counts[layer], placed[layer])
-        refine(problem, load, counts, placed, problem.weighted, effort, by_node=True)
-        if explores(problem):
-            explore(problem, counts, placed, node_of(topology, True))
-        if not problem.weighted:  # nodes are level now, their ranks not always
-            worse = highest_load(load, counts, placed) > highest_load(load, *within) + 1e-6
-            placed[worse] = within[1][worse]
-    return rank_major(placed)
+
+def _across_nodes(problem: Problem, counts: Ints, placed: Ints, effort: Effort) -> None:
+    """A few replicas in other nodes, in place of redundant ones there."""
+    load, mean, _ = problem.prepared
+    nodes = problem.topology.num_nodes
+    within = counts.copy(), placed.copy()
+    for layer in range(problem.num_layers):
+        for _ in range(1 if nodes <= 4 else 2):
+            if problem.weighted:
+                _bridge(problem, mean[layer], counts[layer], placed[layer])
+            else:
+                _level(problem, load[layer], counts[layer], placed[layer])
+    levelled = (placed != within[1]).any(axis=(1, 2))
+    _improve(problem, counts, placed, effort)
+    if explores(problem):
+        explore(problem, counts, placed, node_of(problem.topology, True))
+    if not problem.weighted:  # nodes are level now, their ranks not always
+        worse = highest_load(load, counts, placed) > highest_load(load, *within) + 1e-6
+        back = worse | ~levelled
+        counts[back], placed[back] = within[0][back], within[1][back]
+
+
+def _improve(problem: Problem, counts: Ints, placed: Ints, effort: Effort) -> None:
+    """Within nodes, and longer where layers are small."""
+    refine(problem, problem.prepared[0], counts, placed, problem.weighted, effort, by_node=True)
+    if problem.topology.num_slots <= SMALL and not explores(problem):
+        search(problem, counts, placed, node_of(problem.topology, True), problem.weighted)
+
+
+def _or_greedy(problem: Problem, counts: Ints, placed: Ints) -> None:
+    """DeepSeek's placement, which packs the groups otherwise, for layers that it suits better: with few slots the
+    packing that makes nodes even need not be the one that lets their ranks be."""
+    load, ranks = problem.prepared[0], problem.topology.num_ranks
+    slots = greedy(problem)
+    other = problem.placement(slots)
+    theirs = slot_major(slots, ranks)
+    better = highest_load(load, other.replica_count, theirs) < highest_load(load, counts, placed) - 1e-6
+    for layer in np.flatnonzero(better):
+        pairs = {(int(e), p % ranks) for p, e in enumerate(theirs[layer].flat)}
+        if len(pairs) == theirs[layer].size and other.replica_count[layer].min() >= problem.least:
+            counts[layer], placed[layer] = other.replica_count[layer], theirs[layer]
 
 
 def not_hierarchical(problem: Problem) -> str:

@@ -67,7 +67,7 @@ def place(problem: Problem, connect: bool, effort: Effort) -> Ints:
         if explores(problem):
             explore(problem, count, placed, node_of(problem.topology, False))
         elif slots <= SMALL:
-            search(problem, count, placed, connect)
+            search(problem, count, placed, node_of(problem.topology, False), connect)
     return rank_major(placed)
 
 

@@ -44,25 +44,24 @@ def explore(problem: Problem, count: Ints, placed: Ints, node: Ints) -> None:
     problem.kernels.explore(load, count, placed, node, problem.least, tries, _OPEN, 0)
 
 
-def search(problem: Problem, count: Ints, placed: Ints, connect: bool) -> None:
-    """Improve count [L, E] and placed [L, K, G] in place."""
+def search(problem: Problem, count: Ints, placed: Ints, node: Ints, connect: bool) -> None:
+    """Improve count [L, E] and placed [L, K, G] in place; experts stay in the nodes [G] in which they stand."""
     load = problem.prepared[0]
     for layer in range(problem.num_layers):
         part = np.ascontiguousarray(load[layer : layer + 1])
-        count[layer], placed[layer] = _search_layer(problem, part, count[layer], placed[layer], connect)
+        count[layer], placed[layer] = _search_layer(problem, part, count[layer], placed[layer], node, connect)
 
 
 def _search_layer(
-    problem: Problem, load: Singles, count: Ints, placed: Ints, connect: bool
+    problem: Problem, load: Singles, count: Ints, placed: Ints, node: Ints, connect: bool
 ) -> tuple[Ints, Ints]:
     options = Options(300.0, 1e-4, 40, 3, -1, connect, problem.redundant > 0, problem.least)
-    node = np.zeros(placed.shape[1], np.int32)
     best, best_score = (count, placed), _score(load, count, placed)
     for seed, beta in enumerate(_STEEPNESS):
         if best_score <= _ENOUGH:
             break
         trial_count, trial = count[None].copy(), placed[None].copy()
-        problem.kernels.anneal(load, trial_count, trial, beta, _STEPS, connect, problem.least, seed)
+        problem.kernels.anneal(load, trial_count, trial, node, beta, _STEPS, connect, problem.least, seed)
         if load.shape[2] == 1:
             problem.kernels.improve(load, trial_count, trial, node, options)
         score = _score(load, trial_count[0], trial[0])

@@ -81,11 +81,16 @@ def test_same_annealing(compiled: Native, shape: tuple[int, int, int, int, int],
     count = compiled.replicate(weight, ranks, ranks * per_rank, 1)
     order = np.argsort(-(weight / count), axis=1, kind="stable").astype(np.int32)
     slots = compiled.place(load, count, order, ranks, 0.0, connect)
-    a, b = (count.copy(), slots.copy()), (count.copy(), slots.copy())
-    compiled.anneal(load, *a, 40.0, 400, connect, 1, 7)
-    Plain.anneal(load, *b, 40.0, 400, connect, 1, 7)
-    assert (a[0] == b[0]).all()
-    assert (a[1] == b[1]).all()
+    whole, halves = np.zeros(ranks, np.int32), (np.arange(ranks) * 2 // ranks).astype(np.int32)
+    for node in (whole, halves):
+        a, b = (count.copy(), slots.copy()), (count.copy(), slots.copy())
+        compiled.anneal(load, *a, node, 40.0, 400, connect, 1, 7)
+        Plain.anneal(load, *b, node, 40.0, 400, connect, 1, 7)
+        assert (a[0] == b[0]).all()
+        assert (a[1] == b[1]).all()
+        at = np.broadcast_to(node, slots.shape[1:])
+        for before, after in zip(slots, a[1], strict=True):
+            assert {*zip(after.flat, at.flat, strict=True)} <= {*zip(before.flat, at.flat, strict=True)}
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -241,6 +241,23 @@ def test_levelling_nodes_never_costs_balance_of_ranks(monkeypatch: pytest.Monkey
     assert all(a <= b + 1e-5 for a, b in pairs) and any(a < b - 0.01 for a, b in pairs)
 
 
+@pytest.mark.parametrize(
+    ("weights", "topology", "groups", "best"),
+    [
+        ((3, 14, 8, 1, 19, 18, 3, 14, 8, 2, 16, 17, 1, 3, 2, 19, 18, 16), Topology.of(6, 18, 2), 9, 1.1209),
+        ((3, 19, 4, 18, 10, 15, 15, 19, 1, 1, 18, 2), Topology.of(4, 12, 2), 6, 1.12),
+        ((9, 2, 18, 12, 15, 13), Topology.of(8, 8, 4), 6, 1.5073),
+    ],
+)
+def test_hierarchical_packs_as_greedy_does_where_ranks_gain(
+    weights: tuple[int, ...], topology: Topology, groups: int, best: float
+) -> None:
+    """The packing that is best for the nodes leaves 1.253, 1.216 and 1.739 here."""
+    load = np.array([[weights]])
+    placement = solve(load, topology, policy="hierarchical", expert_groups=groups, routing="even")
+    assert balance(load, placement, topology, even=True).mean <= best
+
+
 def test_auto_says_why() -> None:
     flat, nodes = Topology.of(8, 72), Topology.of(8, 72, 4)
     even, skewed = np.ones((3, 1, 64)), np.ones((3, 1, 64))
@@ -324,8 +341,8 @@ def test_exact_refuses_large_layers() -> None:
     [
         ("connected", "shares", "f71392a663bde02c"),
         ("robust", "even", "5368cd855802717e"),
-        ("hierarchical", "shares", "ae85395fda967873"),
-        ("hierarchical", "even", "06142f742a399886"),
+        ("hierarchical", "shares", "0a7718c56e423fdd"),
+        ("hierarchical", "even", "6e8b046dbd992de4"),
         ("greedy", "even", "5b6ac6307fcae37c"),
         ("connected", "step", "c1d5e2a341414d2b"),
     ],
