@@ -19,7 +19,9 @@ from typing import Any, TypeVar
 
 from moeserve.config import EngineConfig, parse
 from moeserve.eplb.load import ExpertLoad
+from moeserve.eplb.types import Placement
 from moeserve.messages import EngineStats, SamplingParams, TokenLogprob
+from moeserve.online.balancer import OnlineBalancer
 from moeserve.plan import check_local_ranks, make_plan
 from moeserve.server.errors import ApiError
 from moeserve.server.frontend import Frontend
@@ -143,6 +145,43 @@ class LLM:
             return None if balance is None else balance.expert_load()
 
         return self._call(read())
+
+    def balance_status(self) -> dict[str, Any] | None:
+        """What /eplb/status answers; None without experts."""
+
+        async def read() -> dict[str, Any] | None:
+            balance = self._frontend.balance
+            return None if balance is None else balance.status()
+
+        return self._call(read())
+
+    def rebalance(self) -> None:
+        """Decide now on the windows counted so far, however little it brings; balance_status tells what came of it.
+
+        Raises ValueError where the placement stays (layer_updates_per_iter = 0), Busy where it cannot be done now.
+        """
+
+        async def ask() -> None:
+            self._online().rebalance()
+
+        self._call(ask())
+
+    def apply_placement(self, placement: Placement) -> None:
+        """Bring this placement into force while generating; raises as rebalance does."""
+
+        async def order() -> None:
+            online = self._online()
+            online.apply(await asyncio.to_thread(online.plan, placement))
+
+        self._call(order())
+
+    def _online(self) -> OnlineBalancer:
+        balance = self._frontend.balance
+        if balance is None or balance.online is None:
+            raise ValueError(
+                "moe_config.load_balancer.layer_updates_per_iter = 0: the placement stays; give 1 or more"
+            )
+        return balance.online
 
     def close(self) -> None:
         """End the ranks. Raises RuntimeError with a rank's traceback when the engine had died."""
