@@ -29,8 +29,7 @@ def allocate(nbytes: int, control: Control) -> Blocks:
     Raises HeapUnavailable, on all ranks, where they are not of one host, where it has too little memory, or where
     a rank may not open another's memory (processes of different users, a /proc that hides them).
     """
-    host = shared.host_identity() if shared.supported else -1
-    table = control.all_gather_ints([host, os.getpid()])
+    table = control.all_gather_ints([_host(), os.getpid()])
     _check_hosts([row[0] for row in table])
     pids = [row[1] for row in table]
     agree(control, _shortage(nbytes * control.size, control.size))
@@ -39,21 +38,34 @@ def allocate(nbytes: int, control: Control) -> Blocks:
         own = _create(nbytes)
     except OSError as error:
         problem = f"cannot make {_size(nbytes)} of shared memory: {error}"
-    descriptors = [row[0] for row in control.all_gather_ints([own])]
-    blocks: list[Tensor] = []
     try:
-        if not problem and min(descriptors) >= 0:
-            for pid, descriptor in zip(pids, descriptors, strict=True):
-                blocks.append(_map(pid, descriptor, nbytes))
-    except OSError as error:
-        problem = f"cannot open the shared memory of rank {len(blocks)}: {error}"
-    try:
+        descriptors = [row[0] for row in control.all_gather_ints([own])]
+        opened = None
+        if min(descriptors) >= 0:
+            opened, problem = _open_all(pids, descriptors, nbytes)
         agree(control, problem)
     finally:
         if own >= 0:
             os.close(own)
-    lives = Lives(pids)
+    assert opened is not None
+    blocks, lives = opened
     return Blocks(blocks, lives.is_alive, lives.close)
+
+
+def _open_all(
+    pids: list[int], descriptors: list[int], nbytes: int
+) -> tuple[tuple[list[Tensor], Lives] | None, str]:
+    """All ranks' blocks and lives -> (them, ""), or (None, what stood in the way)."""
+    blocks: list[Tensor] = []
+    try:
+        for pid, descriptor in zip(pids, descriptors, strict=True):
+            blocks.append(_map(pid, descriptor, nbytes))
+    except OSError as error:
+        return None, f"cannot open the shared memory of rank {len(blocks)}: {error}"
+    try:
+        return (blocks, Lives(pids)), ""
+    except OSError as error:  # a sandbox or kernel without pidfd_open
+        return None, f"cannot watch the processes of this host: {error}"
 
 
 def free_memory() -> tuple[int, str]:
@@ -93,10 +105,18 @@ def _memory_groups() -> list[tuple[Path, str, str]]:
     return found
 
 
+def _host() -> int:
+    """This host's number; -1 where memory cannot be shared, or a sandbox hides which host it is."""
+    try:
+        return shared.host_identity() if shared.supported else -1
+    except OSError:
+        return -1
+
+
 def _check_hosts(hosts: list[int]) -> None:
     if -1 in hosts:
         raise HeapUnavailable(
-            "shared memory between ranks needs Linux on x86-64: other processors reorder stores"
+            "shared memory between ranks needs Linux on x86-64 (others reorder stores) and a /proc to read"
         )
     for rank, host in enumerate(hosts):
         if host != hosts[0]:

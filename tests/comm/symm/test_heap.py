@@ -114,6 +114,26 @@ def test_memory_that_may_not_be_opened_is_named() -> None:
 
 
 @on_x86
+def test_a_sandbox_that_forbids_a_call_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(*arguments: object) -> int:
+        raise PermissionError(1, "Operation not permitted")
+
+    before = len(os.listdir("/proc/self/fd"))
+    for call, message in (
+        ("pidfd_open", "cannot watch the processes"),
+        ("memfd_create", "cannot make 0.0 MiB"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, forbidden)
+            with pytest.raises(HeapUnavailable, match=f"{message}.*Operation not permitted"):
+                SymmHeap.create("shm", 0, 1, 8, ALONE)
+    monkeypatch.setattr(shared, "host_identity", forbidden)
+    with pytest.raises(HeapUnavailable, match="and a /proc to read"):
+        SymmHeap.create("shm", 0, 1, 8, ALONE)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+@on_x86
 def test_too_little_memory_names_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         shm, "free_memory", lambda: (100 << 20, "the memory limit of 256.0 MiB of the container leaves")
