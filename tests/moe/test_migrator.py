@@ -299,7 +299,6 @@ def test_nothing_begins_before_all_replicas_hold_the_order() -> None:
     for orders in ([1, 0], [0, 1], [1, 2]):
         assert migrator.step(orders, idle=True) == []
     assert expert_map.placement == OLD
-    assert migrator.step([1, 1], idle=True) != [] or migrator.order == 1
     while migrator.order:
         migrator.step([1, 1], idle=True)
     assert expert_map.placement == NEW
