@@ -8,6 +8,7 @@
  */
 #include <math.h>
 #include <stdint.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -22,7 +23,14 @@ static inline float power(float x) {
     return y;
 }
 
-static void *get(size_t count, size_t size) { return calloc(count ? count : 1, size); }
+static void *get(size_t count, size_t size) {
+    void *found = calloc(count ? count : 1, size);
+    if (!found) {
+        fputs("eplb: out of memory\n", stderr);
+        abort();
+    }
+    return found;
+}
 
 /* ------------------------------------------------------------------ loads */
 

@@ -1,7 +1,8 @@
 """The kernels of kernels.c, compiled on first use, or their plain forms where there is no compiler.
 
 Both give the same bits; EPLB_NATIVE=0 asks for the plain ones. The library is kept in the user's cache folder
-under a name made from the source, the flags and the machine, so that a compiler runs once.
+under a name made from the source, the flags and the machine, so that a compiler runs once. A file there is never
+written again: other processes may run from it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import shutil
 import stat
 import subprocess
 import tempfile
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -32,6 +34,11 @@ Singles = npt.NDArray[np.float32]
 
 # No contraction of multiply and add, no reordering: the bits are those of the plain forms.
 _FLAGS = ["-O3", "-fPIC", "-shared", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+
+# Read with this module, not when first needed: kernels.c may have been replaced by then, and these calls not.
+_SOURCE = Path(__file__).with_name("kernels.c").read_bytes()
+
+_loading = threading.Lock()
 
 logger = logging.getLogger(__name__)
 
@@ -131,6 +138,8 @@ class _Options(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Native:
+    """Calls from several threads are safe: the kernels have no state, and run without the interpreter's lock."""
+
     library: ctypes.CDLL
     name = "native"
 
@@ -170,6 +179,7 @@ class Native:
     def improve(self, load: Singles, count: Ints, slots: Ints, node: Ints, options: Options) -> Ints:
         load = np.ascontiguousarray(load, np.float32)
         layers, experts, windows = load.shape
+        _check(slots, layers, experts, count)
         changed = np.zeros(layers, np.int32)
         self.library.eplb_improve(
             layers, experts, windows, slots.shape[2], slots.shape[1], _at(load), _at(count), _at(slots),
@@ -191,6 +201,7 @@ class Native:
     ) -> None:
         load, node = np.ascontiguousarray(load, np.float32), np.ascontiguousarray(node, np.int32)
         layers, experts, windows = load.shape
+        _check(slots, layers, experts, count)
         self.library.eplb_anneal(
             layers, experts, windows, slots.shape[2], slots.shape[1], _at(load), _at(count), _at(slots),
             _at(node), ctypes.c_float(beta), steps, int(connect), least, seed,
@@ -209,6 +220,7 @@ class Native:
     ) -> None:
         load, node = np.ascontiguousarray(load, np.float32), np.ascontiguousarray(node, np.int32)
         layers, experts, windows = load.shape
+        _check(slots, layers, experts, count)
         self.library.eplb_explore(
             layers, experts, windows, slots.shape[2], slots.shape[1], _at(load), _at(count), _at(slots),
             _at(node), least, tries, ctypes.c_float(open_from), seed,
@@ -228,6 +240,9 @@ class Native:
         num_ranks = int(rank_of.max()) + 1
         ranks = np.empty((layers, sets, num_ranks))
         slots, rank_of = np.ascontiguousarray(slots, np.int32), np.ascontiguousarray(rank_of, np.int32)
+        _check(slots, layers, experts)
+        assert share.dtype == np.float64 and share.shape == (layers, sets, slots.shape[1])
+        assert rank_of.shape == slots.shape[1:] and rank_of.min() >= 0
         self.library.eplb_fill(
             layers, sets, experts, num_ranks, slots.shape[1], _at(load), _at(slots), _at(rank_of),
             sweeps, ctypes.c_double(omega), _at(share), _at(ranks),
@@ -237,22 +252,35 @@ class Native:
 
 def _at(array: npt.NDArray[Any]) -> ctypes.c_void_p:
     assert array.flags.c_contiguous
-    return ctypes.c_void_p(array.ctypes.data)
+    pointer = ctypes.c_void_p(array.ctypes.data)
+    pointer.array = array  # type: ignore[attr-defined]  # lives as long as the call
+    return pointer
+
+
+def _check(slots: Ints, layers: int, experts: int, *counts: Ints) -> None:
+    """What the kernels take on trust: they index by these."""
+    assert slots.dtype == np.int32 and len(slots) == layers
+    assert slots.min(initial=0) >= 0 and slots.max(initial=0) < experts
+    assert all(count.dtype == np.int32 and count.shape == (layers, experts) for count in counts)
+
+
+def _library() -> ctypes.CDLL | None:
+    with _loading:
+        return _load()
 
 
 @lru_cache(maxsize=1)
-def _library() -> ctypes.CDLL | None:
-    source = Path(__file__).with_name("kernels.c")
+def _load() -> ctypes.CDLL | None:
     compiler = next((path for name in ("cc", "gcc", "clang") if (path := shutil.which(name))), None)
     for flags in ([*_FLAGS, "-march=native"], _FLAGS):
-        key = hashlib.sha256(repr((source.read_bytes(), flags, _machine())).encode()).hexdigest()[:16]
+        key = hashlib.sha256(repr((_SOURCE, flags, _machine())).encode()).hexdigest()[:16]
         for folder in _folders():
             target = folder / f"eplb-{key}.so"
             try:
                 if not target.exists():
                     if compiler is None:
                         continue
-                    _compile(compiler, flags, source, target)
+                    _compile(compiler, flags, target)
                 return ctypes.CDLL(str(target))
             except (OSError, subprocess.SubprocessError) as error:
                 logger.debug("kernels.c with %s in %s: %s", flags[-1], folder, error)
@@ -260,13 +288,13 @@ def _library() -> ctypes.CDLL | None:
     return None
 
 
-def _compile(compiler: str, flags: list[str], source: Path, target: Path) -> None:
+def _compile(compiler: str, flags: list[str], target: Path) -> None:
     """Into a temporary name, then renamed: processes that start at once do not see half a library."""
     handle, name = tempfile.mkstemp(dir=target.parent, suffix=".so")
     os.close(handle)
     try:
-        command = [compiler, *flags, "-o", name, str(source), "-lm"]
-        subprocess.run(command, check=True, capture_output=True, timeout=120)
+        command = [compiler, *flags, "-o", name, "-x", "c", "-", "-lm"]
+        subprocess.run(command, input=_SOURCE, check=True, capture_output=True, timeout=120)
         os.replace(name, target)
     finally:
         Path(name).unlink(missing_ok=True)

@@ -31,7 +31,7 @@ def static_shares(placement: Placement, load: npt.ArrayLike, topology: Topology)
     windows = np.asarray(load, np.float64)
     if windows.ndim == 2:
         windows = windows[None]
-    placement.check(topology)
+    _check_load(windows, placement, topology, "windows")
     windows = merge_windows(windows, _SCATTER)
     total = windows.sum(axis=2, keepdims=True)
     windows = np.ascontiguousarray(
@@ -56,12 +56,8 @@ def step_shares(
     placement: Placement, steps: npt.ArrayLike, topology: Topology, sweeps: int = STEP_SWEEPS
 ) -> tuple[Floats, Floats]:
     """(shares [B, L, P], rank loads [B, L, G]) for each step's own load [B, L, E], starting from even parts."""
-    placement.check(topology)
     load = np.asarray(steps, np.float64)
-    if load.ndim != 3 or load.shape[1:] != (placement.num_layers, placement.num_experts):
-        raise ValueError(
-            f"the load has shape {load.shape}, expected [steps, {placement.num_layers}, {placement.num_experts}]"
-        )
+    _check_load(load, placement, topology, "steps")
     even = np.broadcast_to(_even(placement)[:, None], (placement.num_layers, len(load), placement.num_slots))
     shares, ranks = _fill(placement, load.transpose(1, 0, 2), even, topology, sweeps)
     return shares.transpose(1, 0, 2), ranks.transpose(1, 0, 2)
@@ -75,6 +71,14 @@ def _fill(
     rank_of = rank_of_slot(topology)
     ranks = kernels().fill(load, placement.slot_to_expert, rank_of, share, sweeps, _OMEGA)
     return share, ranks
+
+
+def _check_load(load: Floats, placement: Placement, topology: Topology, what: str) -> None:
+    placement.check(topology)
+    if load.ndim != 3 or load.shape[1:] != (placement.num_layers, placement.num_experts):
+        raise ValueError(
+            f"the load has shape {load.shape}, expected [{what}, {placement.num_layers}, {placement.num_experts}]"
+        )
 
 
 def _even(placement: Placement) -> Floats:
@@ -96,6 +100,11 @@ def local_counts(
     """
     rank_of = rank_of_slot(topology)
     load = np.ascontiguousarray(counts, np.float64)
+    if load.ndim != 2 or load.shape[1] <= slots.max() or len(slots) != topology.num_slots:
+        raise ValueError(
+            f"the counts have shape {load.shape}, the layer {len(slots)} slots: expected [sources, experts] with "
+            f"more than {slots.max()} experts, and {topology.num_slots} slots"
+        )
     share = np.tile(1.0 / np.bincount(slots, minlength=load.shape[1])[slots], (len(load), 1))
     kernels().fill(load[None], slots[None], rank_of, share[None], sweeps, _OMEGA)
     wanted = share * load[:, slots]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -159,3 +160,42 @@ def test_no_library_from_a_folder_that_others_write_to(
     folder.rmdir()
     folder.symlink_to(tmp_path / "elsewhere")
     assert folder not in native._folders()
+
+
+def test_calls_from_many_threads(compiled: Native) -> None:
+    rng = np.random.default_rng(4)
+    load, slots = rng.random((6, 8, 64)), np.tile(np.arange(80, dtype=np.int32) % 64, (6, 1))
+    rank_of = np.arange(80, dtype=np.int32) // 5
+
+    def filled(_: int) -> bytes:
+        share = np.tile(1.0 / np.bincount(slots[0])[slots][:, None], (1, 8, 1))
+        return compiled.fill(load, slots, rank_of, share, 12, 1.5).tobytes() + share.tobytes()
+
+    with ThreadPoolExecutor(8) as threads:
+        assert len(set(threads.map(filled, range(200)))) == 1
+
+
+def test_ids_out_of_range_never_reach_the_kernels(compiled: Native) -> None:
+    load, rank_of, share = np.ones((1, 1, 4)), np.zeros(4, np.int32), np.ones((1, 1, 4))
+    for wrong in ([0, 1, 2, 4], [0, 1, 2, -1]):
+        with pytest.raises(AssertionError):
+            compiled.fill(load, np.array([wrong], np.int32), rank_of, share, 1, 1.0)
+    with pytest.raises(AssertionError):
+        compiled.fill(load, np.arange(4, dtype=np.int32)[None], rank_of, share[:, :, :3].copy(), 1, 1.0)
+
+
+def test_a_library_in_use_is_never_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A running process may be mapped from it; and kernels.c as it was imported decides, not as it is now."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(native, "_SOURCE", b"int eplb = 1;\n")
+    if native._load.__wrapped__() is None:
+        pytest.skip("no C compiler here")
+    (library,) = (tmp_path / "moeserve").iterdir()
+    before = library.stat()
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(lambda _: native._load.__wrapped__(), range(4)))
+    assert (library.stat().st_ino, library.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    monkeypatch.setattr(native, "_SOURCE", b"int eplb = 2;\n")
+    native._load.__wrapped__()
+    assert len(list((tmp_path / "moeserve").iterdir())) == 2
+    assert library.stat().st_ino == before.st_ino

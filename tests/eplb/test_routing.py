@@ -103,3 +103,14 @@ def test_replicas_on_one_rank_do_no_harm() -> None:
     assert ranks.sum() == pytest.approx(18)
     assert ranks.max() == pytest.approx(9, rel=1e-3)
     assert shares[0, 0, [0, 1, 3]].sum() == pytest.approx(1)
+
+
+def test_loads_of_another_shape_are_refused() -> None:
+    topology, placement = Topology.of(2, 8), Placement.identity(1, 6, 8)
+    for load in (np.ones((3, 1, 5)), np.ones((3, 2, 6)), np.ones(6)):
+        for share in (static_shares, step_shares):
+            with pytest.raises(ValueError, match="the load has shape"):
+                share(placement, load, topology)
+    for slots, counts in (([0, 1, 2, 3, 4, 5, 6, 0], np.ones((2, 6))), ([0, 1, 2, 3, 4, 5], np.ones((2, 6)))):
+        with pytest.raises(ValueError, match="the counts have shape"):
+            local_counts(np.array(slots, np.int32), counts.astype(np.int64), topology)
