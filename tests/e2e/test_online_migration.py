@@ -13,10 +13,11 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -287,10 +288,8 @@ def make_order(number: int, old: Placement, new: Placement, topology: Topology) 
 
 
 def replaced(order: Migrate, script: Script) -> Migrate:
-    return Migrate(
-        *(order.order, order.old_generation, order.old_digest, order.generation, order.digest, order.layers),
-        script.layers_per_step,
-        script.bytes_per_second,
+    return msgspec.structs.replace(
+        order, layers_per_step=script.layers_per_step, bytes_per_second=script.bytes_per_second
     )
 
 
@@ -462,3 +461,130 @@ def test_layers_that_failed_together_are_tried_again_one_by_one(rank_pool: GetPo
     plan = engine_plan(EMBEDDED_MODEL, 40, **LAYOUTS["dp"])
     outcomes = check_same_tokens(rank_pool(4), plan, spoil=(2, 2))
     check_all_applied(outcomes, 3)
+
+
+# ------------------------------------------------------------------ engines without requests
+
+
+def settle(engine: Rank, mail: ScriptedMail, most_steps: int = 500) -> Migrated:
+    """Step on until the order is over."""
+    for _ in range(most_steps):
+        engine.step()
+        assert engine.migrator is not None
+        over = [message for message in mail.said if isinstance(message, Migrated)]
+        if over:
+            mail.said.clear()
+            return over[0]
+        assert not engine.agreed.may_sleep
+    raise AssertionError(f"no end after {most_steps} steps")
+
+
+def place_of(engine: Rank) -> tuple[Placement, Topology]:
+    expert_map = engine.runner.model.expert_map
+    assert expert_map is not None
+    return expert_map.placement, expert_map.topology
+
+
+def run_idle(rank: int, plan: EnginePlan) -> None:
+    """No request ever comes; and the slots end up as a start with the placement has them."""
+    mail = ScriptedMail()
+    engine = start_engine(rank, plan, mail)
+    engine.step()
+    assert engine.agreed.may_sleep
+    old, topology = place_of(engine)
+    new = random_placement(old, 5)
+    if engine.is_leader:
+        mail.bring(make_order(1, old, new, topology))
+    answer = settle(engine, mail)
+    assert (answer.result, answer.generation, answer.digest) == ("applied", 1, new.digest)
+    engine.step()
+    assert engine.agreed.may_sleep
+    fresh = start_engine(rank, replace(plan, placement=new), ScriptedMail())
+    pairs = zip(engine.runner.model.expert_weights, fresh.runner.model.expert_weights, strict=True)
+    for moved, loaded in pairs:
+        for a, b in zip(moved.slot_tensors(), loaded.slot_tensors(), strict=True):
+            assert torch.equal(a, b)
+    ours, theirs = engine.runner.model.expert_map, fresh.runner.model.expert_map
+    assert ours is not None and theirs is not None
+    assert torch.equal(ours._table, theirs._table)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["tp", "dp etp", "mixed"])
+def test_ranks_without_requests_end_up_as_if_they_had_started_so(rank_pool: GetPool, layout: str) -> None:
+    rank_pool(4).run(run_idle, engine_plan(EMBEDDED_MODEL, 40, **LAYOUTS[layout]))
+
+
+def run_leaving(rank: int, plan: EnginePlan, with_request: bool) -> int:
+    """A shutdown comes while an order runs that would take minutes."""
+    mail = ScriptedMail()
+    engine = start_engine(rank, plan, mail)
+    old, topology = place_of(engine)
+    contents = Contents(engine)
+    order = make_order(1, old, random_placement(old, 5), topology)
+    if engine.is_leader:
+        mail.bring(msgspec.structs.replace(order, bytes_per_second=10_000.0))
+        if with_request:
+            params = SamplingParams(max_tokens=10, ignore_eos=True)
+            mail.bring(AddRequest(f"of {rank}", [1, 2, 3], params))
+    for _ in range(20):
+        assert engine.step()
+    assert engine.migrator is not None and engine.migrator.order == 1
+    if engine.is_leader:
+        mail.bring(Shutdown())
+    steps = 0
+    while engine.step():
+        steps += 1
+    contents.checked = ""
+    contents.check()
+    return steps
+
+
+@pytest.mark.parametrize("with_request", [False, True])
+def test_a_shutdown_does_not_wait_for_a_migration(rank_pool: GetPool, with_request: bool) -> None:
+    plan = engine_plan(EMBEDDED_MODEL, 40, **LAYOUTS["dp"])
+    assert rank_pool(4).run(run_leaving, plan, with_request) == [0] * 4
+
+
+def run_refused(rank: int, plan: EnginePlan, how: str) -> Migrated:
+    """Rank 3 is at another generation, or would come to another placement than the others."""
+    mail = ScriptedMail()
+    engine = start_engine(rank, plan, mail)
+    old, topology = place_of(engine)
+    expert_map = engine.runner.model.expert_map
+    assert expert_map is not None
+    contents = Contents(engine)
+    order = make_order(1, old, random_placement(old, 5), topology)
+    if rank == 3 and how == "refused":
+        expert_map.placement = old.with_generation(2)
+    fingerprint = migrator_module.fingerprint
+    if rank == 3 and how == "differs":
+        migrator_module.fingerprint = lambda placement: fingerprint(placement) ^ 1
+    try:
+        if engine.is_leader:
+            mail.bring(order)
+        answer = settle(engine, mail)
+    finally:
+        migrator_module.fingerprint = fingerprint
+    assert expert_map.digest == old.digest
+    contents.checked = ""
+    contents.check()
+    if engine.is_leader:  # the engine goes on
+        mail.bring(AddRequest("after", [1, 2, 3], SamplingParams(max_tokens=2, ignore_eos=True)))
+    for _ in range(4):
+        engine.step()
+    said = [output for message in mail.said if isinstance(message, StepDone) for output in message.outputs]
+    assert sum(len(output.token_ids) for output in said) == (2 if engine.is_leader else 0)
+    return answer
+
+
+@pytest.mark.slow
+def test_ranks_that_do_not_agree_change_nothing_and_say_so(rank_pool: GetPool) -> None:
+    plan = engine_plan(EMBEDDED_MODEL, 40, **LAYOUTS["mixed"])
+    answers = rank_pool(4).run(run_refused, plan, "refused")
+    assert [answer.result for answer in answers] == ["failed"] * 4
+    assert [answer.reason for answer in answers[:3]] == ["refused by ranks 3"] * 3
+    assert "it starts from generation 0" in answers[3].reason and answers[3].generation == 2
+    answers = rank_pool(4).run(run_refused, plan, "differs")
+    assert [answer.result for answer in answers] == ["failed"] * 4
+    assert all("would not agree on the placement after layers" in answer.reason for answer in answers)
