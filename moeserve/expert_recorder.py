@@ -14,6 +14,8 @@ from moeserve.stats.snapshot import PAUSE_SECONDS, LoadWindow
 from moeserve.stats.trace import TraceWriter
 
 log = logging.getLogger(__name__)
+MAX_WAITING = 256
+"""Reports that wait for a slow disk, 0.25 MB each at 58 layers of 256 experts; more are left out of the record."""
 
 
 class ExpertRecorder:
@@ -29,18 +31,33 @@ class ExpertRecorder:
                 f"record_stats = {str(folder)!r}: {error.strerror}; name a folder that can be written"
             ) from None
         self._balance = balance
-        self._queue: queue.SimpleQueue[tuple[Placement, LoadWindow] | None] = queue.SimpleQueue()
+        self._queue: queue.Queue[tuple[Placement, LoadWindow] | None] = queue.Queue(MAX_WAITING)
+        self._left_out = 0
         self._thread = threading.Thread(target=self._write, name="expert-recorder", daemon=True)
         self._thread.start()
         balance.listeners.append(self._listen)
 
     def _listen(self, rank: int, report: LoadWindow) -> None:
-        if any(report.tokens) and self._thread.is_alive():
-            self._queue.put((self._balance.placement, report))
+        if not any(report.tokens) or not self._thread.is_alive():
+            return
+        try:
+            self._queue.put_nowait((self._balance.placement, report))
+        except queue.Full:
+            self._left_out += 1
+            if self._left_out.bit_count() == 1:  # the 1st, 2nd, 4th, ...
+                log.warning(
+                    "the disk is too slow for the record of the expert load: %d reports are not in it",
+                    self._left_out,
+                )
 
     def close(self) -> None:
         """What was counted is on the disk afterwards."""
-        self._queue.put(None)
+        while self._thread.is_alive():
+            try:
+                self._queue.put(None, timeout=PAUSE_SECONDS)
+                break
+            except queue.Full:
+                continue
         self._thread.join()
 
     def _write(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,9 @@ import pytest
 from moeserve.eplb.formats.detect import read_load
 from moeserve.eplb.types import Placement, Topology
 from moeserve.expert_balance import ExpertBalance
-from moeserve.expert_recorder import ExpertRecorder
+from moeserve.expert_recorder import MAX_WAITING, ExpertRecorder
 from moeserve.messages import ExpertCounts
+from moeserve.stats.snapshot import LoadWindow
 from moeserve.stats.trace import TraceWriter
 
 TWICE = Placement(np.array([[0, 1, 0, 2]]), 3, generation=5)
@@ -70,3 +72,21 @@ def test_a_full_disk_ends_the_record_alone(tmp_path: Path, caplog: pytest.LogCap
         counted.add(report([1, 0, 0]))
         recorder.close()
     assert "the record of the expert load ends here" in caplog.text and counted.ring.total is not None
+
+
+def test_a_slow_disk_costs_reports_not_memory(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    going = threading.Event()
+
+    class Slow(TraceWriter):
+        def add(self, report: LoadWindow) -> None:
+            assert going.wait(10)
+            super().add(report)
+
+    counted = balance()
+    recorder = ExpertRecorder(counted, tmp_path, Slow(tmp_path))
+    for _ in range(MAX_WAITING + 9):  # one is on its way
+        counted.add(report([1, 0, 0]))
+    assert "reports are not in it" in caplog.text
+    going.set()
+    recorder.close()
+    assert MAX_WAITING <= read_load(tmp_path).load.sum() <= MAX_WAITING + 1
