@@ -60,14 +60,12 @@ class GlooPairs:
         self._tag = tag
 
     def exchange(self, sent: Sequence[tuple[int, Tensor]], got: Sequence[tuple[int, Tensor]]) -> None:
-        works = [self._gloo.recv([x], rank, self._tag) for rank, x in got]
-        works += [self._gloo.send([x], rank, self._tag) for rank, x in sent]
         try:
+            works = [self._gloo.recv([x], rank, self._tag) for rank, x in got]
+            works += [self._gloo.send([x], rank, self._tag) for rank, x in sent]
             for work in works:
                 work.wait()
-        except (
-            RuntimeError
-        ) as error:  # of one kind for a closed connection and for one that was silent too long
+        except RuntimeError as error:  # one kind for a closed connection and for one that was silent too long
             raise RankLost(str(error)) from error
 
     def leave(self) -> None:
