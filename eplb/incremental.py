@@ -6,12 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moeserve.eplb.native import Kernels
 from moeserve.eplb.plain import Options
 from moeserve.eplb.policies.problem import Problem, rank_major, slot_major
 from moeserve.eplb.policies.robust import node_of
 from moeserve.eplb.routing import rank_of_slot
-from moeserve.eplb.types import Floats, Ints, Placement
+from moeserve.eplb.types import Floats, Ints, Placement, count_replicas
 
 _LEAST_GAIN = 2e-3
 _SWEEPS = 6
@@ -38,19 +37,21 @@ def improve_even(problem: Problem, current: Placement, max_moves: int, reassign:
 
 
 def improve_steps(
-    problem: Problem, current: Placement, max_moves: int, target: float = 1.005
+    problem: Problem, current: Placement, max_moves: int, target: float = 1.005, merge: bool = False
 ) -> tuple[Ints, Floats]:
     """(slots [L, P], imbalance [L]) for replicas whose parts are set anew for each step's load.
 
     The objective is the mean over the windows of the highest rank load after water filling. A layer at the target
-    or better stays as it is: most of what drifts is taken up by routing, without a move.
+    or better stays as it is: most of what drifts is taken up by routing, without a move. merge: for parts that stay,
+    which fit the mean of the windows.
     """
-    load = problem.prepared[0]
+    windows = np.ascontiguousarray(problem.prepared[0].transpose(0, 2, 1), np.float64)  # [L, W, E]
+    windows = windows.mean(axis=1, keepdims=True) if merge else windows
     slots = current.slot_to_expert.copy()
-    score = np.empty(problem.num_layers)
-    for layer in range(problem.num_layers):
-        windows = np.ascontiguousarray(load[layer].T, np.float64)
-        search = _Layer(problem, windows, slots[layer])
+    filled = _fill(problem, windows, slots)
+    score = filled.score.copy()
+    for layer in np.flatnonzero(score > target):
+        search = _Layer(problem, windows[layer], slots[layer], filled.at(layer))
         score[layer] = search.run(max_moves, target)
         slots[layer] = search.slots
     return slots, score
@@ -58,47 +59,53 @@ def improve_steps(
 
 @dataclass
 class _Filled:
-    """Water-filled windows: share [W, P], ranks [W, G], score the mean of the highest."""
+    """Water-filled windows: share [N, W, P], ranks [N, W, G], score [N] the mean over the windows of the highest."""
 
     share: Floats
     ranks: Floats
-    score: float
+    score: Floats
+
+    def at(self, n: int) -> _Filled:
+        return _Filled(self.share[n], self.ranks[n], self.score[n])
+
+
+def _fill(problem: Problem, windows: Floats, slots: Ints) -> _Filled:
+    """For windows [N, W, E] over slots [N, P]."""
+    count = count_replicas(slots, problem.num_experts)
+    even = 1.0 / np.take_along_axis(count, slots, axis=1)
+    share = np.repeat(even[:, None], windows.shape[1], axis=1)
+    ranks = problem.kernels.fill(windows, slots, rank_of_slot(problem.topology), share, _SWEEPS, _OMEGA)
+    return _Filled(share, ranks, ranks.max(axis=2).sum(axis=1) / windows.shape[1])
 
 
 class _Layer:
-    def __init__(self, problem: Problem, windows: Floats, slots: Ints) -> None:
-        self.problem, self.windows = problem, windows
-        self.kernel: Kernels = problem.kernels
+    """One layer, given as its windows [W, E] are filled now."""
+
+    def __init__(self, problem: Problem, windows: Floats, slots: Ints, filled: _Filled) -> None:
+        self.problem, self.windows, self.here = problem, windows, filled
         self.rank_of = rank_of_slot(problem.topology)
         self.slots = slots.copy()
 
     def run(self, max_moves: int, target: float) -> float:
-        here = self._fill(self.slots)
         left = max_moves
-        while left > 0 and here.score > target:
-            best: tuple[float, Ints, _Filled, int] | None = None
-            for cost, p, q in self._candidates(here, left):
-                trial = self.slots.copy()
+        while left > 0 and self.here.score > target:
+            found = self._candidates(self.here, left)
+            if not found:
+                break
+            trials = np.repeat(self.slots[None], len(found), axis=0)
+            for trial, (cost, p, q) in zip(trials, found, strict=True):
                 trial[q] = self.slots[p]
                 if cost == 2:
                     trial[p] = self.slots[q]
-                filled = self._fill(trial)
-                gain = (here.score - filled.score) / cost
-                if gain > max(_LEAST_STEP_GAIN, best[0] if best else 0.0):
-                    best = gain, trial, filled, cost
-            if best is None:
+            windows = np.broadcast_to(self.windows, (len(found), *self.windows.shape))
+            filled = _fill(self.problem, windows, trials)
+            gains = (self.here.score - filled.score) / [cost for cost, _, _ in found]
+            best = int(gains.argmax())
+            if gains[best] <= _LEAST_STEP_GAIN:
                 break
-            _, self.slots, here, cost = best
-            left -= cost
-        return here.score
-
-    def _fill(self, slots: Ints) -> _Filled:
-        even = 1.0 / np.bincount(slots, minlength=self.windows.shape[1])[slots]
-        share = np.tile(even, (len(self.windows), 1))
-        ranks = self.kernel.fill(self.windows[None], slots[None], self.rank_of, share[None], _SWEEPS, _OMEGA)[
-            0
-        ]
-        return _Filled(share, ranks, float(ranks.max(axis=1).sum()) / len(ranks))
+            self.slots, self.here = trials[best], filled.at(best)
+            left -= found[best][0]
+        return float(self.here.score)
 
     def _candidates(self, here: _Filled, left: int) -> list[tuple[int, int, int]]:
         """(slots written, p, q) by estimated gain: the expert of slot p, on the hottest rank, goes into slot q; for

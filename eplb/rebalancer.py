@@ -21,13 +21,14 @@ from moeserve.eplb.policies import POLICIES
 from moeserve.eplb.policies.problem import ROUTINGS, Problem, Routing
 from moeserve.eplb.policies.robust import QUICK, place
 from moeserve.eplb.routing import static_shares, step_shares
+from moeserve.eplb.shift import Shifts
 from moeserve.eplb.solver import explain
 from moeserve.eplb.types import Floats, Ints, MigrationPlan, Placement, Topology
 
 _SWAPS = partial(improve_even, reassign=False)
 _SEARCHES: dict[str, tuple[Callable[[Problem, Placement, int], Ints], ...]] = {
     "even": (improve_even, _SWAPS),
-    "shares": (improve_even, _SWAPS),
+    "shares": (lambda *given: improve_steps(*given, merge=True)[0], improve_even, _SWAPS),
     "step": (lambda *given: improve_steps(*given)[0], improve_even, _SWAPS),
 }
 _FAR = 0.03  # relative gain of a fresh placement from which small steps are worth taking
@@ -117,18 +118,23 @@ class Rebalancer:
         placement.check(topology)
         self.placement, self.topology, self.settings = placement, topology, settings or Settings()
         self.windows: deque[npt.NDArray[np.int64]] = deque(maxlen=self.settings.windows)
+        self._shifts = Shifts()
+        self._wanted = self.settings.min_windows  # windows before a decision; after a shift the first must do
 
     def observe(self, load: npt.ArrayLike, forget: bool = False) -> None:
         """A window's routed counts [L, E]; one without any load is passed over. forget: the windows before it no
-        longer count, as they are of other work."""
+        longer count, as they are of other work; so it is where the traffic is seen to have shifted."""
         counts = check_counts(load, "load")
         shape = (self.placement.num_layers, self.placement.num_experts)
         if counts.shape != shape:
             raise ValueError(f"the window has shape {counts.shape}, expected [layers, experts] = {shape}")
-        if forget:
+        if not counts.any():
+            return
+        shifted = self._shifts.see(counts, self.windows)
+        if forget or shifted:
             self.windows.clear()
-        if counts.any():
-            self.windows.append(counts)
+            self._wanted = 1 if shifted else self.settings.min_windows
+        self.windows.append(counts)
 
     def applied(self, placement: Placement) -> None:
         """The placement that is in force from now on."""
@@ -140,7 +146,7 @@ class Rebalancer:
 
         costs: as they were measured, in place of the settings'. force: act on any gain, whatever it costs.
         """
-        wanted = 1 if force else self.settings.min_windows
+        wanted = 1 if force else self._wanted
         if len(self.windows) < wanted:
             return Decision(None, f"{len(self.windows)} of {wanted} windows observed", 1.0, 1.0)
         windows = np.stack(self.windows)
@@ -158,7 +164,7 @@ class Rebalancer:
         if moving is not None and moving.num_moves:
             moved = traffic(moving, self.topology)
             own = min(gain, (there - now) / was)  # what the moves bring beyond new shares, which cost nothing
-            worth, cost = _weigh(costs or self.settings.costs, own, moved)
+            worth, cost = self._weigh(costs or self.settings.costs, own, moved)
             found = Decision(
                 moving, f"gain {gain:.2%}", was, now, moving.num_moves, moved, worth, cost, self._plan(routes)
             )
@@ -262,11 +268,12 @@ class Rebalancer:
         by_layer: Floats = imbalance(ranks).mean(axis=0)
         return by_layer
 
-
-def _weigh(costs: Costs | None, gain: float, moved: Traffic) -> tuple[float | None, float | None]:
-    """(what a relative gain is worth, what the moves cost), in seconds."""
-    if costs is None:
-        return None, None
-    worth = gain * costs.moe_part * costs.step_seconds * costs.horizon_steps
-    transfer = max(moved.most_received, moved.most_sent) * costs.expert_bytes / costs.bytes_per_second
-    return worth, transfer * costs.stall_part
+    def _weigh(self, costs: Costs | None, gain: float, moved: Traffic) -> tuple[float | None, float | None]:
+        """(what a relative gain is worth, what the moves cost), in seconds. It lasts no longer than traffic has
+        lately stayed the same."""
+        if costs is None:
+            return None, None
+        lasts = min(1.0, (self._shifts.typical or self.settings.windows) / self.settings.windows)
+        worth = gain * costs.moe_part * costs.step_seconds * costs.horizon_steps * lasts
+        transfer = max(moved.most_received, moved.most_sent) * costs.expert_bytes / costs.bytes_per_second
+        return worth, transfer * costs.stall_part
