@@ -50,7 +50,7 @@ def improve_steps(
     slots = current.slot_to_expert.copy()
     filled = _fill(problem, windows, slots)
     score = filled.score.copy()
-    for layer in np.flatnonzero(score > target):
+    for layer in np.flatnonzero(score > target).tolist():
         search = _Layer(problem, windows[layer], slots[layer], filled.at(layer))
         score[layer] = search.run(max_moves, target)
         slots[layer] = search.slots

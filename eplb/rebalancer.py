@@ -28,8 +28,8 @@ from moeserve.eplb.types import Floats, Ints, MigrationPlan, Placement, Topology
 _SWAPS = partial(improve_even, reassign=False)
 _SEARCHES: dict[str, tuple[Callable[[Problem, Placement, int], Ints], ...]] = {
     "even": (improve_even, _SWAPS),
-    "shares": (lambda *given: improve_steps(*given, merge=True)[0], improve_even, _SWAPS),
-    "step": (lambda *given: improve_steps(*given)[0], improve_even, _SWAPS),
+    "shares": (lambda p, at, most: improve_steps(p, at, most, merge=True)[0], improve_even, _SWAPS),
+    "step": (lambda p, at, most: improve_steps(p, at, most)[0], improve_even, _SWAPS),
 }
 _FAR = 0.03  # relative gain of a fresh placement from which small steps are worth taking
 _DECISIONS = 8  # over which min_gain may then be spread
@@ -152,13 +152,15 @@ class Rebalancer:
         windows = np.stack(self.windows)
         before = self._imbalance(windows, self.placement)
         least = 0.0 if force else self.settings.min_gain
+        if (was := float(before.mean())) * (1 - least) < 1.0:
+            return Decision(None, f"an imbalance of {was:.4f} leaves less than {least:.2%} to gain", was, was)
         if self.settings.policy == "auto":
             proposed, after, least = self._improve(windows, before, least)
         else:
             proposed = self._solve(windows)
             after = self._imbalance(windows, proposed)
         routes, free = self._routes(windows, before, least / 2)
-        was, now, there = float(before.mean()), float(after.mean()), float(free.mean())
+        now, there = float(after.mean()), float(free.mean())
         gain, reason = (was - now) / was, "no layer gains enough"
         moving = self._plan(proposed)
         if moving is not None and moving.num_moves:

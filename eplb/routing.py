@@ -139,9 +139,10 @@ def rank_of_slot(topology: Topology) -> Ints:
 
 def _whole(placement: Placement, share: Floats) -> Floats:
     """share with the sum over each expert's slots brought to 1 again by its first slot."""
-    lists = placement.slot_lists
-    row = np.arange(placement.num_layers)[:, None]
-    by_expert = np.where(lists >= 0, share[row[:, :, None], lists], 0.0)
-    share = share.copy()
-    share[row, lists[:, :, 0]] = np.maximum(share[row, lists[:, :, 0]] + 1.0 - by_expert.sum(axis=2), 0.0)
-    return share
+    flat = placement.slot_to_expert + np.arange(placement.num_layers)[:, None] * placement.num_experts
+    flat, share = flat.ravel(), share.ravel().copy()
+    total = np.bincount(flat, share)
+    first = np.empty(len(total), np.int64)
+    first[flat[::-1]] = np.arange(len(flat))[::-1]  # the last that is written stays
+    share[first] = np.maximum(share[first] + 1.0 - total, 0.0)
+    return share.reshape(placement.slot_to_expert.shape)

@@ -242,3 +242,15 @@ def test_a_slot_much_heavier_than_others_is_moved_too(routing: Routing) -> None:
             assert decision.moves <= 4
             rebalancer.applied(decision.plan.new)
     assert rebalancer.decide().before < 1.02
+
+
+@pytest.mark.parametrize("routing", ["even", "shares", "step"])
+def test_nothing_is_searched_where_min_gain_is_out_of_reach(
+    routing: Routing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rebalancer = Rebalancer(Placement.identity(1, 8, 8), Topology.of(4, 8), Settings(routing=routing))
+    for _ in range(3):
+        rebalancer.observe(np.array([[101, 99, 100, 101, 99, 100, 100, 100]]))
+    monkeypatch.setattr(rebalancer, "_improve", None)
+    decision = rebalancer.decide()
+    assert decision.plan is None and "leaves less than 2.00% to gain" in decision.reason
