@@ -471,6 +471,8 @@ class OnlineBalancer:
             self._begin(order.record, *order.then)
         else:
             self._finish(order.record, "applied", order.record.reason)
+            if order.record.trigger != "placement" and not (self._paused or self._asked or self.trouble):
+                self._ask("periodic")  # bounded moves may have left more to gain from the same windows
 
     def _account(self, order: Order, answers: Sequence[Migrated]) -> None:
         """What the order has cost, in its record and the totals."""
