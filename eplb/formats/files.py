@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import os
 import tempfile
 from collections.abc import Callable
@@ -40,19 +41,40 @@ def read_bytes(path: Path) -> bytes:
 
 
 def parse_json(data: bytes) -> Any:
-    """ValueError with line and column on broken JSON; NaN and Infinity are refused as JSON does."""
+    """ValueError with line and column on broken JSON; NaN and Infinity are refused, as JSON does, with their place."""
+    constants: list[str] = []
+
+    def constant(name: str) -> float:
+        constants.append(name)
+        return math.nan
+
     try:
-        return json.loads(data, parse_constant=_refuse_constant)
+        document = json.loads(data, parse_constant=constant)
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 text: byte {error.start}") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"broken JSON: {error.msg} at line {error.lineno} column {error.colno}") from None
     except RecursionError:
         raise ValueError("broken JSON: nested too deep") from None
+    if constants:
+        raise ValueError(f"{_place_of_nan(document)} is {constants[0]}, expected a finite number")
+    return document
 
 
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} stands where a finite number is expected")
+def _place_of_nan(document: Any) -> str:
+    """Of the first one in the text, as windows[3].load[7][2]."""
+    left = [("", document)]
+    while left:
+        place, value = left.pop()
+        if isinstance(value, float) and math.isnan(value):
+            return place or "the file"
+        inner: list[tuple[str, Any]] = []
+        if isinstance(value, dict):
+            inner = [(f"{place}.{key}" if place else str(key), item) for key, item in value.items()]
+        elif isinstance(value, list):
+            inner = [(f"{place}[{i}]", item) for i, item in enumerate(value)]
+        left += reversed(inner)
+    return "a key that is given twice"
 
 
 def write_text(path: Path, text: str) -> None:
@@ -111,8 +133,8 @@ def _short(value: Any) -> str:
     return text if len(text) <= 40 else text[:37] + "..."
 
 
-def named(path: Path, read: Callable[[], T]) -> T:
-    """read() with the file's name put before the message of a ValueError."""
+def named(path: Path | str, read: Callable[[], T]) -> T:
+    """read() with the file's name, or a place in it, put before the message of a ValueError."""
     try:
         return read()
     except ValueError as error:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from moeserve.eplb.formats.assignments import placement_of
-from moeserve.eplb.formats.files import mapping, parse_json, whole_number
+from moeserve.eplb.formats.files import mapping, named, parse_json, whole_number
 from moeserve.eplb.formats.placement import PlacementFile
 from moeserve.eplb.load import ExpertLoad, Window, check_counts
 from moeserve.eplb.types import Placement
@@ -74,7 +75,7 @@ def parse_stats(data: bytes) -> ExpertLoad:
         if not line.strip():
             continue
         where = f"line {number}"
-        record = mapping(parse_json(line), where)
+        record = mapping(named(where, partial(parse_json, line)), where)
         kind = record.get("record_type")
         if kind in _MARKERS:
             continue

@@ -146,7 +146,15 @@ HOSTILE = {
     "empty": (b"", "empty"),
     "blank": (b" \n", "empty"),
     "truncated json": (b'{"format": "moeserve.expert_load", "windows": [', "broken JSON: .* line 1 column"),
-    "nan": (b'{"format": "moeserve.expert_load", "version": NaN}', "NaN stands where a finite number"),
+    "nan": (
+        b'{"version": 1, "windows": [{"load": [[1, 2]]}, {"load": [[1, 2], [-Infinity, NaN]]}]}',
+        r"windows\[1\].load\[1\]\[0\] is -Infinity, expected a finite number",
+    ),
+    "vllm with nan": (
+        b'{"record_type": "eplb_load_meta", "version": 1, "num_ranks": 2}\n{"record_type": "eplb_load_stats", "x": [NaN]}',
+        r"line 2: x\[0\] is NaN",
+    ),
+    "nan twice": (b'{"a": [NaN], "a": 1}', "a key that is given twice is NaN"),
     "binary": (bytes(range(256)) * 4, "."),
     "list": (b"[1, 2]", "expected an object"),
     "deep": (b"[" * 200_000, "nested too deep|broken JSON"),
