@@ -151,7 +151,8 @@ HOSTILE = {
         r"windows\[1\].load\[1\]\[0\] is -Infinity, expected a finite number",
     ),
     "vllm with nan": (
-        b'{"record_type": "eplb_load_meta", "version": 1, "num_ranks": 2}\n{"record_type": "eplb_load_stats", "x": [NaN]}',
+        b'{"record_type": "eplb_load_meta", "version": 1, "num_ranks": 2}\n'
+        b'{"record_type": "eplb_load_stats", "x": [NaN]}',
         r"line 2: x\[0\] is NaN",
     ),
     "nan twice": (b'{"a": [NaN], "a": 1}', "a key that is given twice is NaN"),
