@@ -1,9 +1,9 @@
 """Step time of the MoE layers under a placement, from recorded load and published constants.
 
-A layer takes the compute of its busiest rank, and a dispatch and a combine of `a + skew * bytes / bandwidth`, with
-the skew of what the busiest rank receives. Attention, dense layers and the rest come as one number from the caller.
-The all-to-all constants are a fit to published timings (tests/eplb/test_simulate.py gives the errors); the rest of
-the step has not been held against a measurement.
+A layer takes the compute of its busiest rank, and a dispatch and a combine of `a + skew * bytes / bandwidth`, or of
+their floor if that is more, with the skew of what the busiest rank receives. Attention, dense layers and the rest
+come as one number from the caller. The all-to-all constants are a fit to published timings
+(tests/eplb/test_simulate.py gives the errors); the rest of the step has not been held against a measurement.
 """
 
 from __future__ import annotations
@@ -22,16 +22,20 @@ from moeserve.eplb.metrics import rank_load, slot_load
 from moeserve.eplb.migration import traffic
 from moeserve.eplb.types import Floats, MigrationPlan, Placement, Topology
 
+Timing = dict[int, tuple[float, float, float]]
+"""ranks: (seconds, bytes a second, least seconds) of a dispatch or combine"""
+
 
 @dataclass(frozen=True)
 class Hardware:
-    """flops and bandwidths as reached, not peaks; dispatch and combine: ranks -> (seconds, bytes a second)."""
+    """flops and bandwidths as reached, not peaks; most_ranks: as far as the fast links reach."""
 
     flops: float
     memory_bandwidth: float
     link_bandwidth: float
-    dispatch: dict[int, tuple[float, float]]
-    combine: dict[int, tuple[float, float]]
+    most_ranks: int
+    dispatch: Timing
+    combine: Timing
 
 
 @dataclass(frozen=True)
@@ -80,8 +84,9 @@ def hardware(name: str) -> Hardware:
         c["flops"] * c["gemm_efficiency"],
         c["memory_bandwidth"] * c["memory_efficiency"],
         c["link_bandwidth"],
-        {int(n): (a, b) for n, (a, b) in c["dispatch"].items()},
-        {int(n): (a, b) for n, (a, b) in c["combine"].items()},
+        c["most_ranks"],
+        {int(n): (a, b, least) for n, (a, b, least) in c["dispatch"].items()},
+        {int(n): (a, b, least) for n, (a, b, least) in c["combine"].items()},
     )
 
 
@@ -96,19 +101,25 @@ def _entry(kind: str, name: str) -> dict[str, Any]:
     return {key: constant["value"] for key, constant in entries[name].items()}
 
 
-def all_to_all_seconds(timing: dict[int, tuple[float, float]], ranks: int, num_bytes: float) -> float:
-    """a + bytes / bandwidth, the two constants between those of the nearest sizes on a scale of log(ranks)."""
-    sizes = sorted(timing)
-    way = (math.log(max(ranks, 1)) - math.log(sizes[0])) / (math.log(sizes[-1]) - math.log(sizes[0]))
+def all_to_all_seconds(timing: Timing, ranks: int, num_bytes: float) -> float:
+    """a + bytes / bandwidth, no less than the floor; the constants between those of the smallest and the largest size
+    on a scale of log(ranks)."""
+    few, many = min(timing), max(timing)
+    way = math.log(max(ranks, 1) / few) / math.log(many / few) if many > few else 0.0
     way = min(max(way, 0.0), 1.0)
-    (a0, b0), (a1, b1) = timing[sizes[0]], timing[sizes[-1]]
-    return a0 + (a1 - a0) * way + num_bytes / (b0 + (b1 - b0) * way)
+    a, bandwidth, least = (x + (y - x) * way for x, y in zip(timing[few], timing[many], strict=True))
+    return max(a + num_bytes / bandwidth, least)
 
 
 def remote_bytes(model: Model, ranks: int, tokens_per_rank: float) -> float:
-    """Bytes that a rank sends to others in a dispatch when every token goes to min(K, ranks) different ranks."""
+    """Bytes that a rank sends to others in a dispatch as they are timed: every token to min(K, ranks) ranks."""
     copies = min(model.top_k, ranks) * (ranks - 1) / ranks
     return tokens_per_rank * copies * model.hidden * model.activation_bytes
+
+
+def remote_rows(ranks: int, top_k: int) -> float:
+    """Other ranks that a token goes to, when each of its experts may stand on any rank; it goes once to a rank."""
+    return float((ranks - 1) * (1 - (1 - 1 / ranks) ** top_k))
 
 
 def step_time(
@@ -125,6 +136,10 @@ def step_time(
     if tokens_per_rank < 1:
         raise ValueError(f"tokens_per_rank = {tokens_per_rank}: give 1 or more")
     ranks = topology.num_ranks
+    if ranks > hardware.most_ranks:
+        raise ValueError(
+            f"ep_size = {ranks}: the hardware joins {hardware.most_ranks} ranks by its fast links"
+        )
     load = rank_load(windows, placement, topology, even)
     mean = load.mean(axis=2, keepdims=True)
     skew = np.where(mean > 0, load / np.where(mean > 0, mean, 1.0), 1.0)  # [W, L, G]
@@ -132,7 +147,7 @@ def step_time(
     arithmetic = rows * 6 * model.hidden * model.expert_width / hardware.flops
     reading = _slots_used(windows, placement, topology, tokens_per_rank, model, even) * model.expert_bytes
     compute = np.maximum(arithmetic, reading / hardware.memory_bandwidth).max(axis=2)  # [W, L]
-    sent = remote_bytes(model, ranks, tokens_per_rank)
+    sent = tokens_per_rank * remote_rows(ranks, model.top_k) * model.hidden * model.activation_bytes
     worst = skew.max(axis=2)
     wire: Floats = np.array([
         [sum(all_to_all_seconds(t, ranks, sent * x) for t in (hardware.dispatch, hardware.combine)) for x in row]
