@@ -11,6 +11,8 @@ from typing import Any, TextIO
 
 from moeserve.eplb.formats.detect import read_load
 from moeserve.eplb.formats.files import write_text
+from moeserve.eplb.formats.placement import PlacementFile
+from moeserve.eplb.formats.placements import format_as
 from moeserve.eplb.load import ExpertLoad
 from moeserve.eplb.solver import explain
 from moeserve.eplb.table import on_terminal, working
@@ -22,10 +24,46 @@ ReportPage = Callable[[ExpertLoad, Topology, dict[str, Placement], int], str]
 
 def stats_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("stats", metavar="STATS", help="file or folder of expert load, of any engine")
-    parser.add_argument(
-        "--raw-shape", type=raw_shape, metavar="L,K", help="layers and top_k of raw int32 expert ids"
-    )
+    raw_shape_argument(parser)
     parser.add_argument("--phase", choices=("prefill", "decode", "all"), default="all", help="windows to use")
+
+
+def raw_shape_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--raw-shape", type=_raw_shape, metavar="L,K", help="layers and top_k of raw int32 expert ids"
+    )
+
+
+def holdout_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--holdout",
+        type=float,
+        default=0.25,
+        metavar="FRACTION",
+        help="of windows, to measure on (default: 0.25)",
+    )
+
+
+def expert_bytes_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--expert-bytes", type=int, default=0, metavar="N", help="weights of one expert, for bytes moved"
+    )
+
+
+def engine_arguments(parser: argparse.ArgumentParser) -> None:
+    """What some engines' placement files need; format_for hands it on."""
+    parser.add_argument("--num-hidden-layers", type=int, metavar="N", help="of the model, for sglang")
+    parser.add_argument("--layer-updates-per-iter", type=int, default=0, metavar="N", help="for trtllm")
+
+
+def format_for(options: argparse.Namespace, file: PlacementFile, name: str) -> str:
+    """The placement as text of the named format, with engine_arguments' options."""
+    return format_as(
+        file,
+        name,
+        num_hidden_layers=options.num_hidden_layers,
+        layer_updates_per_iter=options.layer_updates_per_iter,
+    )
 
 
 def topology_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,7 +91,7 @@ def _report_kind(text: str) -> str:
     raise argparse.ArgumentTypeError(f"{text!r}: give table, json or html=FILE")
 
 
-def raw_shape(text: str) -> tuple[int, int]:
+def _raw_shape(text: str) -> tuple[int, int]:
     parts = text.split(",")
     if len(parts) != 2 or not all(part.strip().isdigit() for part in parts):
         raise argparse.ArgumentTypeError(f"{text!r}: give layers,top_k")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from moeserve.eplb.commands.common import raw_shape
+from moeserve.eplb.commands.common import engine_arguments, format_for, raw_shape_argument
 from moeserve.eplb.formats.detect import read_load
 from moeserve.eplb.formats.files import named, read_bytes, write_text
-from moeserve.eplb.formats.placements import FORMATS, Known, format_as, read_any_placement
+from moeserve.eplb.formats.placements import FORMATS, Known, read_any_placement
 from moeserve.eplb.formats.stats import write_stats
 
 _STATS = {"stats.json": ".json", "stats.json.gz": ".gz", "stats.npz": ".npz"}
@@ -29,11 +29,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--layers", type=_layers, metavar="A-B", help="ids of the MoE layers, where the file does not say"
     )
     parser.add_argument("--ranks-per-node", type=int, default=0, metavar="N")
-    parser.add_argument("--num-hidden-layers", type=int, metavar="N", help="of the model, for sglang")
-    parser.add_argument("--layer-updates-per-iter", type=int, default=0, metavar="N", help="for trtllm")
-    parser.add_argument(
-        "--raw-shape", type=raw_shape, metavar="L,K", help="layers and top_k of raw int32 expert ids"
-    )
+    engine_arguments(parser)
+    raw_shape_argument(parser)
 
 
 def _layers(text: str) -> list[int]:
@@ -62,9 +59,5 @@ def run(options: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {value}: give 1 or more")
     known = Known(options.ep_size, options.num_experts, options.layers, options.ranks_per_node)
     file = read_any_placement(options.file, known)
-    text = format_as(
-        file, options.to, num_hidden_layers=options.num_hidden_layers,
-        layer_updates_per_iter=options.layer_updates_per_iter,
-    )  # fmt: skip
-    write_text(output, text)
+    write_text(output, format_for(options, file, options.to))
     named(output, lambda: read_bytes(output))

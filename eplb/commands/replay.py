@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from moeserve.eplb.commands.common import (
     colours,
+    expert_bytes_argument,
     in_force,
     load_of,
     publish,
@@ -73,7 +74,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--min-gain", type=float, default=0.02, metavar="FRACTION", help="least gain acted on"
     )
-    parser.add_argument("--expert-bytes", type=int, default=0, metavar="N", help="weights of one expert")
+    expert_bytes_argument(parser)
     parser.add_argument(
         "--bandwidth", type=float, default=50e9, metavar="B/S", help="a rank receives with, for costs"
     )

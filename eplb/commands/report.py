@@ -11,6 +11,7 @@ import numpy as np
 
 from moeserve.eplb.commands.common import (
     colours,
+    expert_bytes_argument,
     in_force,
     load_of,
     publish,
@@ -39,9 +40,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="placement file of any engine; may be repeated",
     )
     topology_arguments(parser)
-    parser.add_argument(
-        "--expert-bytes", type=int, default=0, metavar="N", help="weights of one expert, for bytes moved"
-    )
+    expert_bytes_argument(parser)
     report_arguments(parser)
 
 

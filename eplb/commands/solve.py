@@ -12,6 +12,9 @@ from moeserve import __version__
 from moeserve.eplb.commands.common import (
     colours,
     deepseek_greedy,
+    engine_arguments,
+    format_for,
+    holdout_argument,
     in_force,
     load_of,
     publish,
@@ -63,15 +66,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--max-moves", type=int, metavar="N", help="slot changes a layer at most, with --current"
     )
     parser.add_argument("--survive-rank-loss", action="store_true", help="every expert on two ranks at least")
-    parser.add_argument(
-        "--holdout", type=float, default=0.25, metavar="FRACTION", help="of windows, for the report"
-    )
-    parser.add_argument(
-        "--num-hidden-layers", type=int, metavar="N", help="of the model, for --format sglang"
-    )
-    parser.add_argument(
-        "--layer-updates-per-iter", type=int, default=0, metavar="N", help="for --format trtllm"
-    )
+    holdout_argument(parser)
+    engine_arguments(parser)
     report_arguments(parser)
 
 
@@ -100,8 +96,6 @@ def run(options: argparse.Namespace) -> None:
             routing=routing,
         )
 
-    if not 0 <= options.holdout < 1:
-        raise ValueError(f"--holdout {options.holdout}: give a fraction from 0 to below 1")
     start = time.perf_counter()
     with working("solving", options.quiet):
         solution = solver(load)
@@ -152,10 +146,7 @@ def _write(
             "version": __version__,
         },
     )
-    text = placements.format_as(
-        file, options.format, num_hidden_layers=options.num_hidden_layers,
-        layer_updates_per_iter=options.layer_updates_per_iter,
-    )  # fmt: skip
+    text = format_for(options, file, options.format)
     if options.output:
         write_text(Path(options.output), text)
     else:

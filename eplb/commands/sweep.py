@@ -7,7 +7,14 @@ import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
-from moeserve.eplb.commands.common import colours, load_of, publish, report_arguments, stats_argument
+from moeserve.eplb.commands.common import (
+    colours,
+    holdout_argument,
+    load_of,
+    publish,
+    report_arguments,
+    stats_argument,
+)
 from moeserve.eplb.html import document, lines, table
 from moeserve.eplb.load import ExpertLoad
 from moeserve.eplb.metrics import FORMULA, balance, imbalance
@@ -47,9 +54,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="slots beyond one an expert (default: 0 to 4 a rank)",
     )
     parser.add_argument("--ranks-per-node", type=int, default=0, metavar="N", help="(default: one node)")
-    parser.add_argument(
-        "--holdout", type=float, default=0.25, metavar="FRACTION", help="of windows, measured on"
-    )
+    holdout_argument(parser)
     report_arguments(parser)
 
 

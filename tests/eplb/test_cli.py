@@ -293,7 +293,7 @@ def test_simulate(stats: str, capsys: pytest.CaptureFixture[str]) -> None:
         (["STATS", "--ep-size", "0", "--redundant", "0"], "--ep-size 0"),
         (["STATS", "--survive-rank-loss"], "num_slots >= 64"),
         (["STATS", "--max-moves", "3"], "max_moves needs the current placement"),
-        (["STATS", "--holdout", "2"], "--holdout 2.0"),
+        (["STATS", "--holdout", "2"], "holdout = 2.0"),
         (["STATS", "--format", "sglang"], "needs --num-hidden-layers"),
         (["STATS", "--policy", "hierarchical", "--expert-groups", "3"], "expert_groups = 3 does not divide"),
         (["STATS", "--current", "nothing.json"], "nothing.json: No such file"),
