@@ -69,6 +69,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "moe_config": {"load_balancer": {"online": {"routing": "step"}}},
     },
 }
+SERVICE_PACE = {"agree_every": migrator_module.AGREE_EVERY, "bytes_per_second": None}
 FAMILIES = {  # (layout, slots)
     "deepseek_v2": ("tp", 12),
     "deepseek_v2_groups": ("dp", 16),
@@ -411,8 +412,7 @@ def test_no_token_changes_while_experts_move(rank_pool: GetPool) -> None:
 @pytest.mark.slow
 def test_at_the_pace_of_service(rank_pool: GetPool) -> None:
     plan = engine_plan(EMBEDDED_MODEL, 40, **LAYOUTS["dp"])
-    script = {"agree_every": migrator_module.AGREE_EVERY, "bytes_per_second": None, "layers_per_step": 2}
-    check_all_applied(check_same_tokens(rank_pool(4), plan, spread=300, **script), 3)
+    check_all_applied(check_same_tokens(rank_pool(4), plan, spread=300, layers_per_step=2, **SERVICE_PACE), 3)
 
 
 @pytest.mark.slow

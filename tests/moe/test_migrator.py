@@ -333,12 +333,14 @@ class Faulty:
 
     def __init__(self, mover: WeightMover, is_bad: Callable[[Tensor], bool], late: bool) -> None:
         self.mover, self.is_bad, self.late, self.bad = mover, is_bad, late, False
+        self.advances = 0
 
     def begin(self, tensors: Sequence[Tensor], moves: Sequence[tuple[int, int]]) -> None:
         self.bad = self.is_bad(tensors[0])
         self.mover.begin(tensors, moves)
 
     def advance(self, max_bytes: int) -> bool:
+        self.advances += 1
         if not self.bad:
             return self.mover.advance(max_bytes)
         if self.late:
@@ -378,6 +380,22 @@ def test_a_layer_that_fails_stays_and_a_new_order_does_the_rest(
     assert outcome(run(migrator, order_to(NEW, between, 2))).result == "applied"
     assert expert_map.placement == NEW
     check_contents(expert_map, weights)
+
+
+def test_a_rank_that_failed_goes_on_sending_until_all_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(migrator_module, "AGREE_EVERY", 8)
+    mesh, movers = Mesh(ParallelLayout(), 0), []
+
+    def make_mover() -> Faulty:
+        movers.append(Faulty(ExchangeMover(mesh.ep, 6), lambda tensor: True, late=False))
+        return movers[-1]
+
+    order = msgspec.structs.replace(order_to(NEW), layers=order_to(NEW).layers[1:2])
+    new = placement_after(OLD, [order.layers[0].layer], NEW)
+    order = msgspec.structs.replace(order, generation=5, digest=new.digest)
+    migrator, _, _ = start(make_mover)
+    assert outcome(run(migrator, order, busy=True)).result == "failed"
+    assert movers[0].advances == 8 - 3, "once a step, but for those that agree or get ready"
 
 
 def test_a_busy_step_moves_no_more_than_it_may() -> None:
