@@ -9,6 +9,8 @@ import logging
 import os
 import socket
 import struct
+import time
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -29,6 +31,14 @@ BACKENDS = {"gloo": "cpu:gloo", "nccl": "cpu:gloo,cuda:nccl"}
 _tags = itertools.count()  # of this process's meshes since it joined: the same number on every rank
 
 
+@dataclass(frozen=True)
+class Meeting:
+    """number: no other meeting at the same store has it. timeout: seconds in which all come, or nobody starts."""
+
+    number: int
+    timeout: float
+
+
 def start(
     rank: int,
     world_size: int,
@@ -37,15 +47,15 @@ def start(
     backend: str = "gloo",
     timeout: float = 60.0,
     *,
-    meeting_timeout: float | None = None,
+    meeting: Meeting | None = None,
 ) -> None:
     """Joins this process to the job; returns once all `world_size` processes did.
 
     address, port: where rank 0 listens (the same on all ranks). backend: "gloo" for CPU tensors alone,
     "nccl" for GPU tensors too (set the CUDA device first). timeout: seconds that the start, and later any one
-    operation on the host network, waits for the others before it raises; meeting_timeout: of the start alone, where
-    it is another (not under torchrun, whose own store answers at the address). GLOO_SOCKET_IFNAME and
-    NCCL_SOCKET_IFNAME are set to the interface on the way to `address` where they are unset.
+    operation on the host network, waits for the others before it raises. meeting: the ranks come together at a store
+    of keep_store instead, and wait there no longer than it says. GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME are set to
+    the interface on the way to `address` where they are unset.
 
     Raises ValueError for an unknown backend or rank, RuntimeError when the others do not come in time.
     """
@@ -64,12 +74,8 @@ def start(
             level = logging.DEBUG if name == "lo" else logging.INFO
             logger.log(level, "%s set to %s, the interface on the way to %s", variable, name, address)
     where: dict[str, Any] = {"init_method": f"tcp://{address}:{port}"}
-    if meeting_timeout is not None:
-        meeting = timedelta(seconds=meeting_timeout)
-        store = dist.TCPStore(  # type: ignore[attr-defined]
-            address, port, world_size, is_master=rank == 0, timeout=meeting
-        )
-        where = {"store": store}
+    if meeting is not None:
+        where = {"store": _assemble(rank, world_size, address, port, meeting)}
     dist.init_process_group(
         BACKENDS[backend],
         **where,
@@ -77,6 +83,30 @@ def start(
         world_size=world_size,
         timeout=timedelta(seconds=timeout),
     )
+
+
+def keep_store(address: str) -> Any:
+    """A store at a free port of `address`, its attribute `port`, where ranks can meet; it lives as long as it is held.
+
+    Kept by a process that is no rank, it outlives all of them.
+    """
+    return dist.TCPStore(address, 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
+
+
+def _assemble(rank: int, world_size: int, address: str, port: int, meeting: Meeting) -> Any:
+    """The store of one meeting, once all its ranks are there: then nobody waits for one that will never come."""
+    waits = timedelta(seconds=meeting.timeout)
+    store = dist.TCPStore(  # type: ignore[attr-defined]
+        address, port, is_master=False, wait_for_workers=False, timeout=waits
+    )
+    own = dist.PrefixStore(f"meeting {meeting.number}", store)  # type: ignore[attr-defined]
+    own.set(f"rank {rank}", "")
+    deadline = time.monotonic() + meeting.timeout
+    while not own.check([f"rank {other}" for other in range(world_size)]):
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"not all {world_size} ranks came to meeting {meeting.number}")
+        time.sleep(0.002)
+    return own
 
 
 def stop() -> None:
@@ -104,8 +134,8 @@ class Mesh:
 
     def leave(self) -> None:
         """Ends the others' waits for this rank with RankLost: it found that one of them is gone. Then stop."""
-        if self._pairs is not None:
-            self._pairs.leave()
+        for pairs in self._pairs:
+            pairs.leave()
 
     def join(self, layout: ParallelLayout, rank: int) -> None:
         """New groups in place of the old: after leave, stop, and start in a job of other ranks.
@@ -119,7 +149,7 @@ class Mesh:
         self.rank = rank
         far = _gloo_pairs() if joined > 1 else None
         near = _shared_pairs(far, rank, joined) if far and self._shared_memory else None
-        self._pairs: Pairs | None = near or far
+        self._pairs: list[Pairs] = [pairs for pairs in (near, far) if pairs is not None]
         nccl = _nccl_groups(layout)
 
         def group(axis: str) -> Group:

@@ -56,10 +56,12 @@ class GlooPairs:
     """
 
     def __init__(self, gloo: Any, tag: int) -> None:
-        self._gloo = gloo
+        self._gloo: Any | None = gloo
         self._tag = tag
 
     def exchange(self, sent: Sequence[tuple[int, Tensor]], got: Sequence[tuple[int, Tensor]]) -> None:
+        if self._gloo is None:
+            raise RankLost("this rank has left")
         try:
             works = [self._gloo.recv([x], rank, self._tag) for rank, x in got]
             works += [self._gloo.send([x], rank, self._tag) for rank, x in sent]
@@ -69,7 +71,8 @@ class GlooPairs:
             raise RankLost(str(error)) from error
 
     def leave(self) -> None:
-        """Nothing: the connections end with the process group."""
+        """The connections end with the last that refers to them, once the job is left too."""
+        self._gloo = None
 
     def check(self) -> None:
         """Nothing is known between messages."""

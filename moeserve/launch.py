@@ -19,10 +19,12 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
+from typing import Any
 
 import zmq
 import zmq.asyncio
 
+from moeserve.comm.mesh import keep_store
 from moeserve.comm.spawn import free_port, start_process
 from moeserve.engine.rank import rank_main
 from moeserve.messages import FromRank, RankFailed, RankReady, Shutdown, ToRank, decode_from_rank, encode
@@ -115,6 +117,7 @@ class RankSet:
         self._inbox: asyncio.Queue[tuple[int, FromRank]] = asyncio.Queue()
         self._tasks: list[asyncio.Task[None]] = []
         self._num_ready = 0
+        self._store: Any = None  # where ranks meet after a loss
 
     def start(self) -> None:
         """Start the ranks and listen to them; returns before they are ready. Call inside the event loop."""
@@ -166,7 +169,9 @@ class RankSet:
     def meeting_place(self) -> tuple[str, int]:
         """Address and port where the ranks that are left may meet; they are all on this host."""
         assert self.place is None, "ranks of a launcher are not asked to go on"
-        return "127.0.0.1", free_port()
+        host = "127.0.0.1"
+        self._store = self._store or keep_store(host)
+        return host, self._store.port
 
     async def receive(self) -> tuple[int, FromRank]:
         """The next message, with the replica of the rank that sent it."""

@@ -127,7 +127,7 @@ class Rejoin(msgspec.Struct, frozen=True, tag="rejoin"):
 
     membership: number of the group, one more each time. ranks: those that are left, by the numbers they started
     with, in the order of their new ones. lost: all that were lost since the start, in the order of their loss.
-    address, port: where ranks[0] listens for the others.
+    address, port: of the store where they meet.
     """
 
     membership: int

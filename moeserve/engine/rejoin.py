@@ -27,8 +27,8 @@ log = logging.getLogger(__name__)
 
 ANSWER_SECONDS = 60.0
 """For the front-end to see the loss and to hear of every other rank; then the rank fails."""
-MEETING_SECONDS = 20.0
-"""For all to come once they are asked to: longer only if one more was lost just then."""
+MEETING_SECONDS = 5.0
+"""For all to come once they are asked to, which they wait for: longer only if one more was lost just then."""
 POLL_SECONDS = 0.05
 
 
@@ -108,7 +108,7 @@ class Survival:
             order.port,
             self._backend,
             self._timeout,
-            meeting_timeout=MEETING_SECONDS,
+            meeting=comm_mesh.Meeting(order.membership, MEETING_SECONDS),
         )
         runner = rank.runner
         runner.mesh.join(ParallelLayout(dp=size), me)

@@ -37,8 +37,3 @@ class Membership:
         self._met = len(self.lost)
         self.number += 1
         return True
-
-    @property
-    def complete(self) -> bool:
-        """No loss waits for a meeting."""
-        return len(self.lost) == self._met
