@@ -339,8 +339,8 @@ def index(
             for first in range(0, rows, BT):
                 i = first + tl.arange(0, BT)
                 real = (i < rows)[:, None] & (k < K)[None, :]
-                at = (records + i.to(tl.int64) * meta_row + slots_at).to(tl.pointer_type(tl.int16))
-                mine = tl.load(at[:, None] + k[None, :], mask=real, other=-1) == slot
+                local = (records + i.to(tl.int64) * meta_row + slots_at).to(tl.pointer_type(tl.int16))
+                mine = tl.load(local[:, None] + k[None, :], mask=real, other=-1) == slot
                 flat = tl.reshape(mine.to(tl.int32), [BT * KP])
                 position = start + tl.reshape(tl.cumsum(flat, 0) - flat, [BT, KP])
                 code = (source * max_tokens + i)[:, None] * K + k[None, :]
@@ -352,7 +352,7 @@ def index(
             version = tl.load(state + VERSION) & 0x7FFF
             for first in range(0, rows, BT):
                 i = first + tl.arange(0, BT)
-                at = (records + i.to(tl.int64) * meta_row + META_VERSION).to(tl.pointer_type(tl.int16))
-                theirs = tl.load(at, mask=i < rows, other=0)
+                field = (records + i.to(tl.int64) * meta_row + META_VERSION).to(tl.pointer_type(tl.int16))
+                theirs = tl.load(field, mask=i < rows, other=0)
                 wrong = tl.sum(((theirs != version) & (i < rows)).to(tl.int64), 0)
                 tl.atomic_add(words + MISMATCHES, wrong, mask=wrong > 0, sem="relaxed", scope="gpu")

@@ -7,7 +7,7 @@ Triton's interpreter (TRITON_INTERPRET=1 before triton is imported): for tests, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,8 +22,9 @@ from moeserve.comm.symm import SymmHeap
 SCALE_BLOCK = 128
 """Values that share a scale where results travel as float8."""
 NO_LIMIT = 1 << 40
-LAUNCH = {"num_warps": 4, "enable_fp_fusion": False}
-"""Without fusion a product is rounded before it is added: the bits of rows.weighted_sum."""
+OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False}
+"""Of each kernel. One stage: else rows take a way through shared memory. Without fusion a product is rounded before
+it is added: the bits of rows.weighted_sum."""
 
 
 class ExpertTable:
@@ -69,6 +70,10 @@ class Received:
     rows: Tensor
 
 
+Launch = Callable[[Any, tuple[int, ...], dict[str, Any]], None]
+"""(kernel, grid, its arguments by name)."""
+
+
 @dataclass(frozen=True)
 class Tiles:
     """How the work is cut; no result depends on it.
@@ -86,9 +91,10 @@ class Tiles:
 class TritonEngine:
     """One rank's end. For one thread and one stream.
 
-    mask: int32 [R], 0 for ranks that are out. counts: int64 [E], choices of each id so far. waited: int64 [R],
-    nanoseconds waited for each rank so far. lost: float32 [T]: after receive_back, the weight of each token's choices
-    that nobody answered for. words: see device_words.py; target, row [T, K], sent, got, answered [R]: see the kernels.
+    max_tokens: that a step may bring. generation: of the membership. mask: int32 [R], 0 for ranks that are out.
+    counts: int64 [E], choices of each id so far. waited: int64 [R], nanoseconds waited for each rank so far. lost:
+    float32 [T]: after receive_back, the weight of each token's choices that nobody answered for. words: see
+    device_words.py; target, row [T, K], sent, got, answered [R]: see the kernels.
     """
 
     def __init__(
@@ -100,8 +106,11 @@ class TritonEngine:
         deadline: float = 1.0,
         keep_spare: bool = False,
         tiles: Tiles | None = None,
+        launch: Launch | None = None,
     ) -> None:
         """num_ids: experts that a table translates; without one, ids are slots. deadline: see set_deadline.
+
+        tiles: for the device, if left out. launch: starts a kernel, if not as a kernel is started.
 
         keep_spare: under push, keeps half of the result cells free and so brings layout's max_tokens / 2 tokens at
         most. A late rank may still write into cells of the step in which it was masked; results go to the other half
@@ -111,7 +120,8 @@ class TritonEngine:
         assert heap.world == config.world, f"a heap of {heap.world} ranks for {config.world}"
         assert layout.base + layout.nbytes <= heap.nbytes, "the block lies outside the heap"
         self.layout, self.rank, self.device = layout, heap.rank, heap.device
-        self.tiles = default_tiles(self.device) if tiles is None else tiles
+        self.tiles = default_tiles(layout, self.device) if tiles is None else tiles
+        self._launch = launch_kernel if launch is None else launch
         self.block = heap.block(heap.rank)
         if keep_spare and (config.max_tokens < 2 or config.combine == "pull"):
             raise ValueError(
@@ -120,6 +130,7 @@ class TritonEngine:
             )
         spare = config.max_tokens // 2 if keep_spare else 0
         self.max_tokens = spare or config.max_tokens
+        self.generation = 0
         r, t, k, s = config.world, config.max_tokens, config.top_k, config.slots_per_rank
         zeros = partial(torch.zeros, dtype=torch.int32, device=self.device)
         wide = partial(torch.zeros, dtype=torch.int64, device=self.device)
@@ -199,7 +210,7 @@ class TritonEngine:
             x=rows,
             scales=rows if scales is None else scales.view(word),
             BT=self.tiles.rows,
-            BH=_power_of_two(min(self.tiles.nbytes // word.itemsize, rows.shape[1])),
+            BH=self.tiles.nbytes // word.itemsize,
         )
 
     def receive(self) -> Received:
@@ -252,18 +263,33 @@ class TritonEngine:
         """How late a rank may be in each wait before it is masked; with 0 a wait looks once."""
         self.words[device_words.DEADLINE.value] = int(seconds * 1e9)
 
+    @property
+    def epoch(self) -> int:
+        """Of the last step begun. Waits for the device."""
+        return int(self.words[device_words.EPOCH.value])
+
     def query_fault(self) -> list[int]:
-        """Ranks found late since the last set_membership. Waits for no device: a step under way may add to them."""
-        return [rank for rank, epoch in enumerate(self._host_fault.tolist()) if epoch]
+        """Members found late since the last set_membership. Waits for no device: a step under way may add to them."""
+        return sorted(self.late_at())
+
+    def late_at(self) -> dict[int, int]:
+        """Members found late since the last set_membership -> the epoch in which they were."""
+        return {rank: epoch for rank, epoch in enumerate(self._host_fault.tolist()) if epoch}
 
     def set_membership(self, members: Sequence[bool], generation: int, epoch: int) -> None:
         """Takes what the hosts agreed upon: who is in, between steps. All members call it before their next step.
 
-        epoch: the same on all, higher than that of any member's last step. Ranks that are not in any more must be
-        gone, or at least have left the step in which they were late. Forgets the faults.
+        generation: higher than the last. epoch: the same on all, higher than that of any member's last step. Ranks
+        that are not in any more must be gone, or at least have left the step in which they were late. Forgets the
+        faults. Raises ValueError for a generation or epoch of the past, or without this rank.
         """
+        if generation <= self.generation:
+            raise ValueError(f"generation = {generation}: must be above {self.generation}")
+        if epoch <= self.epoch:
+            raise ValueError(f"epoch = {epoch}: must be above {self.epoch}")
         if not members[self.rank]:
             raise ValueError(f"members = {list(members)}: rank {self.rank} cannot go on without itself")
+        self.generation = generation
         self.mask.copy_(torch.tensor(members, dtype=torch.int32))
         self.fault.zero_()
         self._host_fault.zero_()
@@ -286,9 +312,9 @@ class TritonEngine:
         return (programs,)
 
     def _width(self) -> int:
-        result = self.layout.config.result
-        width = _power_of_two(min(self.tiles.nbytes // result.dtype.itemsize, result.width))
-        return max(width, SCALE_BLOCK) if result.num_scales else width
+        """Values of a result that a program moves at a time."""
+        width = self.tiles.nbytes // self.layout.config.result.dtype.itemsize
+        return max(width, SCALE_BLOCK) if self.layout.config.result.num_scales else max(width, 1)
 
     def _tokens(self) -> int:
         """That place and index take at a time."""
@@ -297,15 +323,25 @@ class TritonEngine:
 
     def _run(self, kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
         everything = self._arguments | arguments
-        wanted = {name: everything[name] for name in kernel.arg_names}
-        kernel[grid](**wanted, **LAUNCH)
+        self._launch(kernel, grid, {name: everything[name] for name in kernel.arg_names})
 
 
-def default_tiles(device: torch.device) -> Tiles:
+def launch_kernel(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
+    """Starts a kernel on the current stream."""
+    kernel[grid](**arguments, **OPTIONS)
+
+
+def default_tiles(layout: EpLayout, device: torch.device) -> Tiles:
     """One row a program at a time on a GPU; many under the interpreter, where each operation costs the same."""
-    if device.type != "cuda":
-        return Tiles(programs=2, rows=16, nbytes=4096, choices=4096)
-    return Tiles(4 * torch.cuda.get_device_properties(device).multi_processor_count, 1, 2048, 1024)
+    if device.type == "cuda":
+        return gpu_tiles(torch.cuda.get_device_properties(device).multi_processor_count)
+    longest = max(layout.config.x.values_bytes, layout.config.result.values_bytes)
+    return Tiles(programs=2, rows=16, nbytes=_power_of_two(min(longest, 4096)), choices=4096)
+
+
+def gpu_tiles(processors: int) -> Tiles:
+    """16 bytes for each of a program's 128 threads at a time."""
+    return Tiles(4 * processors, 1, 2048, 1024)
 
 
 def _offsets(layout: EpLayout) -> dict[str, int]:

@@ -38,6 +38,7 @@ def check_late(rank: int, combine: str, phase: str) -> None:
     for engine in (steps.engines[0], steps.engines[2]):
         assert engine.sent[1] > 0  # else push would not wait for its answer
         assert engine.query_fault() == [1]
+        assert engine.late_at() == {1: 2}
         assert engine.fault.tolist() == [0, 2, 0]
         assert engine.mask.tolist() == [1, 0, 1]
     for seed in (8, 9, 10):
@@ -55,14 +56,14 @@ def check_masked(rank: int, combine: str) -> None:
         members = [r != out for r in range(3)]
         for engine in steps.engines:
             if engine.rank != out:
-                engine.set_membership(members, generation=1, epoch=0)
-        steps.out = {out}
+                engine.set_membership(members, generation=1, epoch=4)
+        steps.out, steps.epoch = {out}, 4
         before = steps.engines[out].block.clone()
         steps.run(make_case(steps.config, 8))
         steps.run(make_case(steps.config, 9))
         assert torch.equal(steps.engines[out].block, before)
         with pytest.raises(ValueError, match=f"rank {out} cannot go on without itself"):
-            steps.engines[out].set_membership(members, generation=2, epoch=5)
+            steps.engines[out].set_membership(members, generation=2, epoch=9)
 
 
 def test_a_rank_that_wakes_up_late_changes_nothing(interpreter: RankPool) -> None:
@@ -128,6 +129,10 @@ def check_return(rank: int, combine: str) -> None:
     steps.run(make_case(steps.config, 3), late_to_send=[2])
     steps.run(make_case(steps.config, 8))
     for engine in steps.engines:
+        with pytest.raises(ValueError, match="generation = 0: must be above 0"):
+            engine.set_membership([True] * 3, generation=0, epoch=7)
+        with pytest.raises(ValueError, match=f"epoch = {engine.epoch}: must be above"):
+            engine.set_membership([True] * 3, generation=1, epoch=engine.epoch)
         engine.set_membership([True] * 3, generation=1, epoch=7)
         assert engine.query_fault() == []
     steps.out, steps.epoch = set(), 7
