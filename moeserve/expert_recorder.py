@@ -31,6 +31,7 @@ class ExpertRecorder:
                 f"record_stats = {str(folder)!r}: {error.strerror}; name a folder that can be written"
             ) from None
         self._balance = balance
+        self._settled = balance.placement
         self._queue: queue.Queue[tuple[Placement, LoadWindow] | None] = queue.Queue(MAX_WAITING)
         self._left_out = 0
         self._thread = threading.Thread(target=self._write, name="expert-recorder", daemon=True)
@@ -41,7 +42,7 @@ class ExpertRecorder:
         if not any(report.tokens) or not self._thread.is_alive():
             return
         try:
-            self._queue.put_nowait((self._balance.placement, report))
+            self._queue.put_nowait((self._placement(), report))
         except queue.Full:
             self._left_out += 1
             if self._left_out.bit_count() == 1:  # the 1st, 2nd, 4th, ...
@@ -49,6 +50,12 @@ class ExpertRecorder:
                     "the disk is too slow for the record of the expert load: %d reports are not in it",
                     self._left_out,
                 )
+
+    def _placement(self) -> Placement:
+        """In force; while layers change one by one, the one before."""
+        if self._balance.state != "migrating":
+            self._settled = self._balance.placement
+        return self._settled
 
     def close(self) -> None:
         """What was counted is on the disk afterwards."""

@@ -53,6 +53,25 @@ def test_a_new_placement_has_a_file_of_its_own(tmp_path: Path) -> None:
     assert read_load(tmp_path).load.tolist() == [[[1, 0, 0]], [[0, 1, 0]]]
 
 
+def test_layers_that_change_one_by_one_begin_no_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = balance()
+    recorder = ExpertRecorder(counted, tmp_path)
+    counted.add(report([1, 0, 0]))
+    with monkeypatch.context() as moving:
+        moving.setattr(ExpertBalance, "state", "migrating")
+        counted.placement = Placement(np.array([[0, 1, 2, 2]]), 3, generation=5)
+        counted.add(report([0, 1, 0]))
+    counted.placement = Placement(np.array([[0, 1, 2, 2]]), 3, generation=6)
+    counted.add(report([0, 0, 1]))
+    recorder.close()
+    assert [read_load(file).load.tolist() for file in sorted(tmp_path.iterdir())] == [
+        [[[1, 1, 0]]],
+        [[[0, 0, 1]]],
+    ]
+
+
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="record_stats = .*file'.*: File exists; name a folder"):

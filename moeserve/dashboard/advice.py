@@ -12,7 +12,7 @@ import numpy as np
 from moeserve.dashboard.panels import over_fair_share
 from moeserve.dashboard.recording import Recording
 from moeserve.eplb.load import ExpertLoad
-from moeserve.eplb.metrics import FORMULA, balance, moves_between, rank_load
+from moeserve.eplb.metrics import FORMULA, balance, imbalance, moves_between, rank_load
 from moeserve.eplb.solver import explain
 from moeserve.eplb.types import Floats, Placement, Topology
 
@@ -62,6 +62,8 @@ def verdict(recording: Recording, phase: str) -> dict[str, Any]:
     """Would another placement help? In the slots that there are, and with one redundant slot a rank if none is."""
     load, topology = recording.of_phase(phase), recording.topology
     now = balance(load.load, recording.placement, topology)
+    was = _as_it_was(recording, phase)
+    reference = now.mean if was is None else was
     answer: dict[str, Any] = {
         "phase": phase,
         "formula": FORMULA,
@@ -71,9 +73,10 @@ def verdict(recording: Recording, phase: str) -> dict[str, Any]:
         "mean": round(now.mean, 6),
         "worst": round(now.worst, 6),
         "worst_layer": load.layers[int(np.argmax(now.by_layer))],
-        "waiting": round(1 - 1 / now.mean, 6),
+        "waiting": round(1 - 1 / reference, 6),
         "recent": asdict(recording.recent[phase]) if phase in recording.recent else None,
         "bytes_per_second": _transfer_rate(recording),
+        "as_it_was": was,
         "proposals": [],
     }
     if topology.num_ranks == 1:
@@ -82,7 +85,7 @@ def verdict(recording: Recording, phase: str) -> dict[str, Any]:
     if topology.num_slots == load.num_experts:
         sizes.append(Topology(topology.num_ranks, topology.ranks_per_node, topology.slots_per_rank + 1))
     found = [_propose(recording, load, size, "auto")[0] for size in sizes]
-    gains = [(now.mean - proposal.after) / now.mean for proposal in found]
+    gains = [(reference - proposal.after) / reference for proposal in found]
     held = [
         (p.held_out_before - p.held_out_after) / p.held_out_before
         for p in found
@@ -90,6 +93,15 @@ def verdict(recording: Recording, phase: str) -> dict[str, Any]:
     ]
     helps = max(gains) >= MIN_GAIN and (not held or max(held) >= MIN_GAIN)
     return answer | {"state": "helps" if helps else "balanced", "proposals": [asdict(p) for p in found]}
+
+
+def _as_it_was(recording: Recording, phase: str) -> float | None:
+    """Mean imbalance of what the ranks were really given, where windows met other placements than the one in
+    force; None where they did not, or where nobody measured."""
+    measured = recording.measured.get(phase)
+    if measured is None or recording.previous is None:
+        return None
+    return round(float(imbalance(measured).mean()), 6)
 
 
 def _transfer_rate(recording: Recording) -> float | None:

@@ -23,7 +23,9 @@ def self_contained(source: Shown, recording: Recording) -> str:
         "previous": None if recording.previous is None else _placement(recording.previous),
         "rebalances": panels.rebalances(source, recording),
         "past": {
-            phase: {name: panels.history(recording, phase, 0)[name] for name in past} for phase in phases
+            phase: {name: panels.history(recording, phase, 0)[name] for name in past}
+            | {"measured": panels.measured_imbalance(recording, phase)}
+            for phase in phases
         },
         "verdict": {phase: advice.verdict(recording, phase) for phase in phases},
         "what_if": {phase: advice.what_if_anywhere(recording, phase) for phase in phases},

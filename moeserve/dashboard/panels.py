@@ -132,6 +132,12 @@ def history(recording: Recording, phase: str, layer: int) -> dict[str, Any]:
     }
 
 
+def measured_imbalance(recording: Recording, phase: str) -> list[list[float]] | None:
+    """[W][L] of what the ranks were really given; None where nobody measured."""
+    measured = recording.measured.get(phase)
+    return None if measured is None else [_rounded(row) for row in imbalance(measured)]
+
+
 def _applied(recording: Recording, phase: str) -> list[dict[str, Any]]:
     """The rebalances that were applied while the phase's windows were counted, oldest first."""
     starts = [_seconds(window.start_time) for window in recording.of_phase(phase).windows]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -138,3 +140,26 @@ def test_what_if_for_a_file_is_the_what_if(file: Path) -> None:
         one = advice.what_if(recording, "decode", 4, extra, "auto", 1)
         assert every["ranks"][extra][1] == one["ranks"] and every["knee"] == one["knee"]
         assert every["points"][extra] | {"seconds": 0} == one["points"][extra] | {"seconds": 0}
+
+
+def test_windows_under_other_placements_count_as_they_were() -> None:
+    """The old traffic under the new placement is nothing that ever was."""
+    base = recording_of([9, 1, 1, 1], 2, windows=2)
+    ranks = np.array([[[6.0, 6.0]], [[7.0, 5.0]]])
+    before = Placement(np.array([[0, 2, 1, 3]]), 4)
+    moved = replace(base, previous=before, make_measured=lambda: {"decode": ranks})
+    found = advice.verdict(moved, "decode")
+    assert found["as_it_was"] == pytest.approx((1 + 7 / 6) / 2, abs=1e-6)
+    assert found["mean"] == pytest.approx(10 / 6, abs=1e-6)  # and this is what eplb-offline says
+    assert found["waiting"] == pytest.approx(1 - 1 / found["as_it_was"], abs=1e-5)
+    assert advice.verdict(base, "decode")["as_it_was"] is None
+
+
+def test_several_threads_find_the_same(file: Path) -> None:
+    """The solver's C library runs without the interpreter's lock, in the threads that answer pages."""
+    recording = FileSource(file).read()
+    wishes = [("decode", 4, extra, policy, 0) for extra in (0, 1) for policy in ("auto", "greedy", "fast")]
+    alone = [advice.what_if(recording, *wish)["ranks"] for wish in wishes]
+    with ThreadPoolExecutor(6) as pool:
+        together = list(pool.map(lambda wish: advice.what_if(recording, *wish)["ranks"], wishes * 2))
+    assert together == alone * 2

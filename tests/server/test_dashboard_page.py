@@ -28,6 +28,7 @@ from moeserve.eplb.types import Placement, Topology
 from moeserve.expert_balance import ExpertBalance
 from moeserve.messages import ExpertCounts
 from tests.online.fakes import Engine, skewed
+from tests.server.test_prometheus import measure
 
 pytestmark = pytest.mark.browser
 READY = "document.getElementById('map-text')?.textContent"
@@ -313,7 +314,8 @@ def test_contact_is_lost_and_found(browser: Browser, recorded: Recorded, large: 
     browser.wait("document.getElementById('contact-text').textContent === 'recorded file'")
     again.end()
     browser.complaints()  # of the refused connections meanwhile
-    foreign = {url for url in browser.addresses() if not url.startswith(f"http://127.0.0.1:{recorded.port}/")}
+    own = (f"http://127.0.0.1:{recorded.port}/", "file:")
+    foreign = {url for url in browser.addresses() if not url.startswith(own)}
     assert not foreign
 
 
@@ -370,11 +372,11 @@ def test_the_report_of_eplb_offline_is_the_page(browser: Browser, large: Path, t
     assert not browser.complaints()
 
 
-def test_what_the_balancer_did(browser: Browser, start_server: Callable[..., Any]) -> None:
+def test_what_the_balancer_did(browser: Browser, start_server: Callable[..., Any], tmp_path: Path) -> None:
     """Rebalances of a running server: a line in time, a row in the table, bytes, ghosts of before, shares."""
     engine = Engine(windows=4, min_gain=0.02)
     for i in range(12):
-        engine.window(skewed(0 if i < 6 else 7, seed=i))
+        measure(engine, skewed(0 if i < 6 else 7, seed=i))
     done = engine.balance.status()["rebalances"]
     applied = [one for one in done if one["result"] == "applied"]
     server = start_server(balance=engine.balance, metrics_compat="none")
@@ -397,8 +399,16 @@ def test_what_the_balancer_did(browser: Browser, start_server: Callable[..., Any
     assert browser.text("bytes-title").endswith(f"generation {applied[1]['generation']}")
     assert browser.run("return document.querySelectorAll('#ranks .before').length") == 5
     assert browser.run("return document.querySelectorAll('.share').length") > 0
+    assert browser.text("history-note").startswith("Of what the ranks were really given")
+    assert "carried" in browser.text("verdict") and "As it was" in browser.text("numbers")
+    page = tmp_path / "page.html"
+    page.write_bytes(server.web.get("/dashboard/api/page.html").content)
+    said = [browser.text(name) for name in (*SHOWN, "history-note", "changes", "rebalances-text")]
     lines = browser.run("return document.querySelectorAll('#history svg .event').length")
     assert lines >= 1  # a second's windows come to one point of the axis
+    browser.open(page.as_uri())
+    browser.wait(SOLVED)
+    assert [browser.text(name) for name in (*SHOWN, "history-note", "changes", "rebalances-text")] == said
     browser.run("document.querySelectorAll('details').forEach((details) => { details.open = true; })")
     for width in (1280, 800, 400):
         browser.show(width, 900)

@@ -62,11 +62,12 @@ export class Recorded {
   }
 
   history(phase, layer) {
-    this.each ??= {};
-    const each = this.each[phase] ??= this.windows[phase].map((load) => load.map((row, l) => imbalance(this.ranks(this.placement, l, row))));
+    this.inForce ??= {};
+    const inForce = this.inForce[phase] ??= this.windows[phase].map((load) => load.map((row, l) => imbalance(this.ranks(this.placement, l, row))));
+    const { measured, ...past } = this.past[phase], each = measured ?? inForce;
     return {
-      ...this.past[phase], phase, layer: this.summary.layers[layer], basis: "placement", in_force: each.map(mean), worst: each.map((row) => Math.max(...row)),
-      median: each.map(median), mean: each.map(mean), chosen: each.map((row) => row[layer]),
+      ...past, phase, layer: this.summary.layers[layer], basis: measured ? "measured" : "placement", in_force: inForce.map(mean),
+      worst: each.map((row) => Math.max(...row)), median: each.map(median), mean: each.map(mean), chosen: each.map((row) => row[layer]),
     };
   }
 

@@ -73,10 +73,12 @@ export function showFacts(summary) {
 
 export function showVerdict(verdict, summary) {
   at("verdict").textContent = verdictSentence(verdict);
-  const numbers = [
-    ["Imbalance", times(verdict.mean), `window by window, mean of ${summary.layers.length} layers, ${count(verdict.windows)} window${verdict.windows === 1 ? "" : "s"}${tokens(verdict.tokens)}`],
+  const was = verdict.as_it_was ?? null;
+  const numbers = was === null ? [] : [["As it was", times(was), "measured, each window under the placement that it met"]];
+  numbers.push(
+    [was === null ? "Imbalance" : "With today's placement", times(verdict.mean), `window by window, mean of ${summary.layers.length} layers, ${count(verdict.windows)} window${verdict.windows === 1 ? "" : "s"}${tokens(verdict.tokens)}`],
     ["Worst layer", times(verdict.worst), `layer ${verdict.worst_layer}`],
-  ];
+  );
   if (verdict.recent) numbers.push([summary.balancer && summary.balancer !== "off" ? "Newest window" : "Last 30 s, summed", times(verdict.recent.mean), `worst layer ${times(verdict.recent.worst)}; as in /eplb/status`]);
   const given = verdict.recent?.measured_mean ?? null;
   if (given !== null) numbers.push(["Measured", times(given), "the same seconds, of what the ranks were really given"]);

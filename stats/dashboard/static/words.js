@@ -43,11 +43,16 @@ export const ms = (seconds) => `${(seconds * 1000).toFixed(seconds < 0.01 ? 1 : 
 export function verdictSentence(verdict) {
   if (verdict.state === "one_rank") return "There is one rank only: nobody waits for another, nothing to balance.";
   const phase = verdict.phase === "mixed" ? "this recording" : verdict.phase;
-  const now = `In ${phase} the busiest rank carries ${times(verdict.mean)} its fair share`;
+  const was = verdict.as_it_was, newest = verdict.recent ? `, ${times(verdict.recent.mean)} in the newest window` : "";
+  const now = was === null || was === undefined ? `In ${phase} the busiest rank carries ${times(verdict.mean)} its fair share`
+    : `In ${phase} the busiest rank carried ${times(was)} its fair share while the balancer followed the traffic${newest}`;
   const waiting = `about ${percent(verdict.waiting)} of expert time is waiting`;
   if (verdict.state === "balanced") {
-    const why = verdict.mean < 1.02 ? "" : ", and no placement that was tried would lower that by 2 % or more";
+    const why = (was ?? verdict.mean) < 1.02 ? "" : ", and no placement that was tried would lower that by 2 % or more";
     return `Balanced, nothing to gain: ${now[0].toLowerCase()}${now.slice(1)}${why}.`;
+  }
+  if (was !== null && was !== undefined) {
+    return `${now}; ${waiting}. One placement for all these windows would have had ${times(Math.min(...verdict.proposals.map((one) => one.after)))}.`;
   }
   return `${now}; ${waiting}. ${worthNaming(verdict.proposals).map(proposalSentence).join(" ")}${costSentence(verdict)}`;
 }
