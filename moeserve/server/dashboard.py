@@ -26,7 +26,7 @@ from moeserve.stats.prometheus import prometheus_files
 
 TICK_SECONDS = 1.0
 VERDICT_SECONDS, WHAT_IF_SECONDS = 10.0, 30.0  # so old an answer of the solver may be while counts come in
-MAX_ANSWERS = 64  # of 0.1 MB at most, for 58 layers of 256 experts
+MAX_ANSWERS = 64  # of 0.2 MB at most, for 58 layers of 256 experts, and one page in a file
 HEADERS = {
     "content-security-policy": "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "x-content-type-options": "nosniff",

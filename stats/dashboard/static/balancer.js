@@ -13,7 +13,7 @@ let chosen = null; // the time of the rebalance whose bytes are shown, null for 
 export function showRebalances(data, onTable) {
   at("rebalances-text").textContent = rebalancesSentence(data);
   const list = data.rebalances, moved = list.filter((one) => one.rank_bytes);
-  at("rebalances").hidden = !list.length;
+  at("rebalances").hidden = at("rebalances-note").hidden = !list.length;
   at("bytes").hidden = !moved.length;
   const shown = moved.find((one) => one.time === chosen) ?? moved[0];
   fillTable(at("rebalances"), HEAD, list.map((one) => cells(one)));

@@ -1,6 +1,6 @@
 // The panels that are text and tables. They are given figures and draw them; they fetch nothing.
 
-import { basisSentence, bytes, colour, count, inkOn, percent, times, tokens, verdictSentence } from "./words.js";
+import { basisSentence, bytes, colour, count, inkOn, percent, plural, times, tokens, verdictSentence } from "./words.js";
 
 export const at = (id) => document.getElementById(id);
 
@@ -76,7 +76,7 @@ export function showVerdict(verdict, summary) {
   const was = verdict.as_it_was ?? null;
   const numbers = was === null ? [] : [["As it was", times(was), "measured, each window under the placement that it met"]];
   numbers.push(
-    [was === null ? "Imbalance" : "With today's placement", times(verdict.mean), `window by window, mean of ${summary.layers.length} layers, ${count(verdict.windows)} window${verdict.windows === 1 ? "" : "s"}${tokens(verdict.tokens)}`],
+    [was === null ? "Imbalance" : "With today's placement", times(verdict.mean), `window by window, mean of ${plural(summary.layers.length, "layer")}, ${plural(verdict.windows, "window")}${tokens(verdict.tokens)}`],
     ["Worst layer", times(verdict.worst), `layer ${verdict.worst_layer}`],
   );
   if (verdict.recent) numbers.push([summary.balancer && summary.balancer !== "off" ? "Newest window" : "Last 30 s, summed", times(verdict.recent.mean), `worst layer ${times(verdict.recent.worst)}; as in /eplb/status`]);
