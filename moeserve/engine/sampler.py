@@ -238,7 +238,8 @@ def _least_probability(probabilities: Tensor, params: Listing[SamplingParams]) -
     # All tokens below (1 - top_p) / V together have less than 1 - top_p: the others reach top_p without them.
     # Both bounds are a little low, so that rounding excludes nothing.
     nucleus = [0.0 if p.top_k > 0 else max(0.0, 1 - p.top_p) / (2 * vocabulary) for p in params]
-    share = [p.min_p * (1 - 1e-6) for p in params]
+    # With top_k the nucleus is of the mass that top_k left, which tokens below min_p are a part of.
+    share = [0.0 if p.top_k > 0 and p.top_p < 1 else p.min_p * (1 - 1e-6) for p in params]
     least = torch.tensor(share, device=probabilities.device) * probabilities.amax(-1)
     least = torch.maximum(least, torch.tensor(nucleus, device=probabilities.device))
     limited = [row for row, p in enumerate(params) if p.top_k > 0]

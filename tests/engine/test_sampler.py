@@ -111,6 +111,14 @@ def test_top_p_is_of_what_top_k_left_however_small_the_probabilities() -> None:
     assert sum(a != b for a, b in zip(choose_tokens(logits.expand(40, -1), of), exact, strict=True)) <= 1
 
 
+def test_top_p_is_of_what_top_k_left_with_the_tokens_that_min_p_drops() -> None:
+    probabilities = torch.tensor([0.40, 0.20, 0.18] + [0.01] * 22)
+    filters: dict[str, Any] = {"top_k": 20, "top_p": 0.65, "min_p": 0.05, "temperature": 1.0}
+    of = [sequence(seed=seed, **filters) for seed in range(60)]
+    drawn = choose_tokens(probabilities.log().expand(60, -1), of)
+    assert set(drawn) == {0, 1, 2}, "two have 0.60 of 0.95, less than 0.65: the third belongs to the nucleus"
+
+
 @pytest.mark.parametrize("filters", [{}, {"top_k": 5}, {"top_p": 0.8}, {"min_p": 0.1}, {"temperature": 2.0}])
 def test_frequencies_are_the_probabilities(filters: dict[str, float]) -> None:
     logits = torch.linspace(2, -2, 16)[torch.randperm(16, generator=torch.Generator().manual_seed(1))]
