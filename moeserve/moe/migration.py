@@ -175,7 +175,7 @@ def _ranks(states: Sequence[State], state: State) -> str:
     return "ranks " + ", ".join(str(rank) for rank, its in enumerate(states) if its == state)
 
 
-STEP_PART = 0.04
+STEP_PART = 0.03
 """Of a steady step's time that a transfer may take."""
 LEAST_BYTES = 32 << 10
 """A step less than this is not worth the message."""

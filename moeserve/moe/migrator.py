@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import astuple
 
 from torch import Tensor
 
@@ -158,7 +157,7 @@ class _Run:
         """Hear what all ranks say; end the round if it is over, one way or the other, and begin the next."""
         wanted = self._pace.max_bytes(self.order.bytes_per_second, now)
         word = Word(self.order.order, self._state, fingerprint(self._after), wanted)
-        rows = self._mesh.stage.all_gather_ints(astuple(word))
+        rows = self._mesh.stage.all_gather_ints([word.order, word.state, word.result, word.max_bytes])
         words = [Word(row[0], State(row[1]), row[2], row[3]) for row in rows]
         assert {word.order for word in words} == {self.order.order}, words
         self._max_bytes = min(word.max_bytes for word in words)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import queue
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -215,6 +217,79 @@ def test_nothing_is_committed_before_its_end() -> None:
     assert not mover.advance(64)
     with pytest.raises(AssertionError, match="a commit before the end"):
         mover.commit()
+
+
+class Threads(Group):
+    """Two ranks in one process, a thread each, on any device."""
+
+    def __init__(self, rank: int, boxes: list[queue.SimpleQueue[Tensor]]) -> None:
+        super().__init__(rank, (0,), None, {})
+        self.ranks, self.size, self.boxes = (0, 1), 2, boxes
+
+    def all_to_all(self, x: Tensor, send_sizes: Sequence[int], receive_sizes: Sequence[int]) -> Tensor:
+        self.boxes[1 - self.rank].put(x.clone())
+        got = self.boxes[self.rank].get(timeout=20)
+        assert len(got) == sum(receive_sizes)
+        return got
+
+
+GPU = pytest.param(
+    "cuda",
+    marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
+)
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
+@pytest.mark.parametrize("spoiled", [False, True])
+def test_on_any_device_the_answer_comes_without_waiting_for_it(device: str, spoiled: bool) -> None:
+    full, moves = weights(2, 4), [(0, SLOTS), (SLOTS, 0), (1, 2), (SLOTS + 1, 3), (4, SLOTS + 2)]
+    boxes: list[queue.SimpleQueue[Tensor]] = [queue.SimpleQueue(), queue.SimpleQueue()]
+
+    def work(rank: int) -> list[Tensor]:
+        group: Group = Threads(rank, boxes)
+        if spoiled and rank == 1:
+            group.all_to_all = spoil(group.all_to_all)  # type: ignore[method-assign]
+        mover = ExchangeMover(group, SLOTS)
+        tensors = [tensor[rank * SLOTS : (rank + 1) * SLOTS].clone().to(device) for tensor in full]
+        mover.begin(tensors, moves)
+        found: WrongChecksum | None = None
+        for _ in range(40):  # both do as many, as engines do
+            try:
+                mover.advance(200)
+            except WrongChecksum as error:
+                found = error
+        if found is not None:
+            raise found
+        mover.commit()
+        return [tensor.cpu() for tensor in tensors]
+
+    with ThreadPoolExecutor(2) as threads:
+        ranks = [threads.submit(work, rank) for rank in range(2)]
+        if spoiled:
+            with pytest.raises(WrongChecksum, match="slot . to 5|slot 4 to 7"):
+                ranks[1].result(30)
+            return
+        got = [torch.cat(pair) for pair in zip(*(rank.result(30) for rank in ranks), strict=True)]
+    for held, expected in zip(got, after(full, moves), strict=True):
+        assert torch.equal(bits(held), bits(expected))
+
+
+def spoil(all_to_all: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def spoiled(*args: object) -> Tensor:
+        out = all_to_all(*args)
+        out[len(out) // 2 :] ^= 1
+        return out
+
+    return spoiled
+
+
+@pytest.mark.parametrize("device", [GPU])
+def test_the_checksum_is_the_same_on_every_device(device: str) -> None:
+    data = torch.randint(0, 256, (9_000_004,), dtype=torch.uint8)
+    sums = [Checksum(torch.device(name)) for name in ("cpu", device)]
+    for total, part in zip(sums, (data, data.to(device)), strict=True):
+        total.add(part)
+    assert int(sums[0].value) == int(sums[1].value)
 
 
 def checksum(data: bytes, cuts: Sequence[int] = ()) -> int:
