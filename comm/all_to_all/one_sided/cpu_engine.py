@@ -114,6 +114,10 @@ class CpuEngine:
         """
         assert self._step is None, "a step begins once the last one was finished"
         assert slots.shape[0] == x.shape[0] <= self.max_tokens, f"{x.shape[0]} tokens of {self.max_tokens}"
+        form = self._layout.config.x
+        assert slots.dtype == torch.int64 and slots.shape[1] == self._layout.config.top_k
+        assert x.dtype == form.dtype and x.shape[1] == form.width, f"{x.dtype} {tuple(x.shape)}"
+        assert (scales is None) == (not form.num_scales)
         self.epoch += 1
         self._ctl[CTL_EPOCH] = self.epoch
         self._ctl[CTL_HEARTBEAT] = int(time.time())
@@ -181,6 +185,7 @@ class CpuEngine:
         step = self._step
         assert step is not None
         pending = self.alive.clone() if everyone else self.alive * (step.sent > 0)
+        assert weights.dtype == torch.float32, f"weights of {weights.dtype}"
         self._wait("done", pending, self._low)
         result = self._layout.config.result
         slots, weights = (step.slots if slots is None else slots).contiguous(), weights.contiguous()

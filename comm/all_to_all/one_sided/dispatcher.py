@@ -179,7 +179,7 @@ class OneSidedDispatcher:
         engine = window.engine
         none = torch.empty(0, 2, dtype=torch.int64)
         engine.push(x[:0], none, everyone=True)
-        engine.finish(torch.empty(0, 1), none, x[:0], everyone=True)
+        engine.finish(torch.empty(none.shape), none, x[:0], everyone=True)
         self._check(window)
 
     def _take_window(self, x: Tensor, top_k: int) -> _Window:

@@ -27,10 +27,13 @@ static int64_t now_ns(void) {
  *
  * x, scales: [tokens] rows of ROW_BYTES and SCALE_BYTES. slots [tokens, K]: -1, or a slot of a rank; those of ranks
  * with alive[r] = 0 are skipped. first: number of the first token's z cells. counts: scratch [R, S]; sent: rows put
- * to each rank [R]. */
-void ep_put(const int64_t *ep, int64_t epoch, int64_t tokens, const char *x, const char *scales, const int64_t *slots,
+ * to each rank [R]. -> -1, and nothing done, for a slot that no rank has; else 0. */
+int ep_put(const int64_t *ep, int64_t epoch, int64_t tokens, const char *x, const char *scales, const int64_t *slots,
             const uint8_t *alive, int64_t first, int64_t version, int32_t *counts, int64_t *sent) {
     const int64_t ranks = ep[RANKS], me = ep[RANK], each = ep[SLOTS], top_k = ep[TOP_K];
+    for (int64_t c = 0; c < tokens * top_k; c++) {
+        if (slots[c] >= ranks * each) return -1;
+    }
     memset(counts, 0, sizeof(int32_t) * (size_t)(ranks * each));
     memset(sent, 0, sizeof(int64_t) * (size_t)ranks);
     for (int64_t t = 0; t < tokens; t++) {
@@ -64,6 +67,7 @@ void ep_put(const int64_t *ep, int64_t epoch, int64_t tokens, const char *x, con
                sizeof(int32_t) * (size_t)each);
         publish(BLOCK_OF(r) + ep[MAIL] + ((epoch & 1) * ranks + me) * 8, epoch << ep[ROW_BITS] | sent[r]);
     }
+    return 0;
 }
 
 /* Waits until the word of every rank with pending[r] = 1 shows `epoch` above its lowest `bits`, and clears

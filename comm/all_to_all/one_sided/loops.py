@@ -120,6 +120,7 @@ class PlainLoops:
     ) -> Tensor:
         me, each = self._rank, self._each
         targets = slots.div(each, rounding_mode="floor")
+        assert not len(slots) or int(targets.max()) < len(alive), f"slots up to {int(slots.max())}"
         sent = torch.zeros(len(alive), dtype=torch.int64)
         for rank in alive.nonzero()[:, 0].tolist():
             hit = targets == rank

@@ -51,7 +51,7 @@ _SIGNATURES = {
     "ep_sum_float32": (_POINTER, _LONG, _LONG, *[_POINTER] * 3, _LONG, _POINTER),
     "ep_sum_bfloat16": (_POINTER, _LONG, _LONG, *[_POINTER] * 3, _LONG, _POINTER),
 }
-_RESULTS = {"ep_wait": ctypes.c_int, "ep_count": _LONG, "ep_take": _LONG}
+_RESULTS = {"ep_put": ctypes.c_int, "ep_wait": ctypes.c_int, "ep_count": _LONG, "ep_take": _LONG}
 
 logger = logging.getLogger(__name__)
 
@@ -102,10 +102,11 @@ class NativeLoops:
         version: int,
     ) -> Tensor:
         sent = torch.empty(self._world, dtype=torch.int64)
-        self._call["ep_put"](
+        wrong = self._call["ep_put"](
             self._ep, epoch, slots.shape[0], x.data_ptr(), 0 if scales is None else scales.data_ptr(),
             slots.data_ptr(), alive.data_ptr(), first, version, self._counts.data_ptr(), sent.data_ptr(),
         )  # fmt: skip
+        assert not wrong, f"slots up to {int(slots.max())} of {self._world * self._each}"
         return sent
 
     def wait(

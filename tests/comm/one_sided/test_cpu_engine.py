@@ -176,6 +176,15 @@ def test_rows_of_another_table_version_are_counted(make_loops: MakeLoops) -> Non
     assert [engine.foreign_versions for engine in engines] == [0, 3]
 
 
+@BOTH
+def test_a_slot_that_nobody_has_is_refused_before_anything_is_written(make_loops: MakeLoops) -> None:
+    config = EpConfig(2, 4, 2, 3, RowFormat(4, torch.float32), RowFormat(4, torch.float32))
+    engines, heaps = make_engines(config, make_loops)
+    with pytest.raises(AssertionError, match="slots up to 6"):
+        engines[0].put(torch.ones(2, 4), torch.tensor([[0, 3], [-1, 6]]))
+    assert not heaps[0].block(1).any()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e4m3fn])
 def test_results_may_travel_in_fewer_bits(dtype: torch.dtype) -> None:
     config = EpConfig(2, 4, 2, 2, RowFormat(8, torch.float32), RowFormat(8, dtype))

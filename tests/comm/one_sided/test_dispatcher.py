@@ -41,8 +41,13 @@ def test_a_window_is_bounded(world: int, width: int) -> None:
     assert window_config(world, 8, RowSizes(4, width, 8, torch.bfloat16)).max_tokens == 4
 
 
-def compare(rank: int, size: int, rows_a_window: int) -> list[int]:
+def compare(rank: int, size: int, rows_a_window: int, compiled: bool) -> list[int]:
     """Steps of many rows in small windows give what exchange gives. -> parts of each step."""
+    with mock.patch.dict(os.environ, MOESERVE_ONE_SIDED_NATIVE=str(int(compiled))):
+        return compare_steps(rank, size, rows_a_window)
+
+
+def compare_steps(rank: int, size: int, rows_a_window: int) -> list[int]:
     group = Mesh(ParallelLayout(dp=size), rank).ep
     exchange = make_dispatcher("exchange", group, 3)
     sizes = RowSizes(rows_a_window, 5, 4, torch.bfloat16)
@@ -70,9 +75,9 @@ def compare(rank: int, size: int, rows_a_window: int) -> list[int]:
 
 
 @pytest.mark.multi_rank
-@pytest.mark.parametrize("size", [2, 4])
-def test_more_rows_than_a_window_go_in_parts(rank_pool: GetPool, size: int) -> None:
-    parts = rank_pool(size).run(compare, size, 3)[0]
+@pytest.mark.parametrize(("size", "compiled"), [(2, False), (2, True), (4, True)])
+def test_more_rows_than_a_window_go_in_parts(rank_pool: GetPool, size: int, compiled: bool) -> None:
+    parts = rank_pool(size).run(compare, size, 3, compiled)[0]
     assert max(parts) >= 5 and min(parts) < max(parts)
 
 
