@@ -32,7 +32,6 @@ from bench_serving import VOCAB, healthy, note, record_of
 
 from moeserve.bench import Load, run_load
 
-TICKS = os.sysconf("SC_CLK_TCK")
 NO_COUNTING = """
 import moeserve.engine.runner
 moeserve.engine.runner.ExpertLoad = lambda *given: None
@@ -183,12 +182,9 @@ def children(pid: int) -> list[int]:
 
 
 def cpu_seconds(pids: list[int]) -> float:
-    """User and system time of the processes so far."""
-    total = 0
-    for pid in pids:
-        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-        total += int(fields[11]) + int(fields[12])
-    return total / TICKS
+    """Time on a CPU of the processes so far, all their threads."""
+    tasks = [task for pid in pids for task in Path(f"/proc/{pid}/task").iterdir()]
+    return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
 
 
 if __name__ == "__main__":

@@ -34,15 +34,26 @@ def wait_for(tokens: int, get: Callable[[], Any], seconds: float = 15.0) -> Any:
         time.sleep(0.1)
 
 
+ONLINE = (
+    *("--moe-config.load-balancer.num-slots", "40", "--moe-config.load-balancer.layer-updates-per-iter", "2"),
+    *("--moe-config.load-balancer.online.window-steps", "10"),
+)
+
+
+@pytest.mark.parametrize("flags", [(), ONLINE], ids=["static", "online"])
 def test_record_api_and_file_agree_and_survive_sigkill(
-    start_server: Callable[..., Any], tmp_path: Path
+    flags: tuple[str, ...], start_server: Callable[..., Any], tmp_path: Path
 ) -> None:
+    """Also while experts move: what is counted is what the answers say was chosen."""
     folder, requests, output = tmp_path / "kept", tmp_path / "requests.jsonl", tmp_path / "recorded.json"
     server = start_server(
         *("--tp-size", "2", "--ep-size", "2", "--enable-attention-dp", "--record-stats", str(folder)),
-        *("--kv-cache-config.enable-block-reuse", "false"),
+        *("--kv-cache-config.enable-block-reuse", "false", *flags),
     )
-    lines = [{"prompt": text, "temperature": 0, "max_tokens": 9, "ignore_eos": True} for text in PROMPTS]
+    lines = [
+        {"prompt": text, "temperature": 1, "seed": i, "max_tokens": 40, "ignore_eos": True}
+        for i, text in enumerate(PROMPTS * 6)
+    ]
     requests.write_text("\n".join(map(json.dumps, lines)))
     assert main(["record", "--url", server.url, "--requests", str(requests), "-o", str(output)]) == 0
     recorded = read_load(output)
@@ -60,6 +71,8 @@ def test_record_api_and_file_agree_and_survive_sigkill(
         assert np.array_equal(counts[0], counts[1]) and np.array_equal(counts[0], counts[2])
 
     body = {"model": "tiny_model", "prompt": "more", "max_tokens": 200, "ignore_eos": True}
+    status = server.get("/eplb/status").json()
+    assert bool(flags) == any(one["result"] == "applied" for one in status["rebalances"])
     httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
     os.kill(server.process.pid, signal.SIGKILL)
     server.process.wait()

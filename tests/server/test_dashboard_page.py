@@ -375,8 +375,8 @@ def test_the_report_of_eplb_offline_is_the_page(browser: Browser, large: Path, t
 def test_what_the_balancer_did(browser: Browser, start_server: Callable[..., Any], tmp_path: Path) -> None:
     """Rebalances of a running server: a line in time, a row in the table, bytes, ghosts of before, shares."""
     engine = Engine(windows=4, min_gain=0.02)
-    for i in range(12):
-        measure(engine, skewed(0 if i < 6 else 7, seed=i))
+    for i in range(24):
+        measure(engine, skewed(7 * (i // 6), seed=i))
     done = engine.balance.status()["rebalances"]
     applied = [one for one in done if one["result"] == "applied"]
     server = start_server(balance=engine.balance, metrics_compat="none")
@@ -391,12 +391,17 @@ def test_what_the_balancer_did(browser: Browser, start_server: Callable[..., Any
         f"The balancer watches. {len(applied)} rebalances applied"
     )
     first = browser.run("return document.querySelector('#rebalances tr.applied').textContent")
-    newest = applied[0]
+    newest, carried = applied[0], [one for one in applied if one["bytes"]]  # others changed shares alone
+    assert len(carried) > 1
     assert f"{newest['before']:.2f}x \u2192 {newest['predicted']:.2f}x promised" in first
-    total = sum(map(sum, newest["rank_bytes"]))
+    total = sum(map(sum, carried[0]["rank_bytes"]))
     assert browser.text("bytes-text").startswith(f"{total / 1024:.1f} KiB in all")
+    changed = browser.run("return document.querySelectorAll('#slots .changed').length")
+    detail = server.web.get("/dashboard/api/layer?layer=0").json()
+    pairs = zip(detail["slot_to_expert"], detail["previous"]["slot_to_expert"], strict=True)
+    assert changed == sum(now != before for now, before in pairs)
     browser.run("document.querySelectorAll('#rebalances button')[1].click()")
-    assert browser.text("bytes-title").endswith(f"generation {applied[1]['generation']}")
+    assert browser.text("bytes-title").endswith(f"generation {carried[1]['generation']}")
     assert browser.run("return document.querySelectorAll('#ranks .before').length") == 5
     assert browser.run("return document.querySelectorAll('.share').length") > 0
     assert browser.text("history-note").startswith("Of what the ranks were really given")

@@ -12,14 +12,14 @@ let chosen = null; // the time of the rebalance whose bytes are shown, null for 
 /** onTable(rows) is given the table twin of the matrix. */
 export function showRebalances(data, onTable) {
   at("rebalances-text").textContent = rebalancesSentence(data);
-  const list = data.rebalances, moved = list.filter((one) => one.rank_bytes);
+  const list = data.rebalances, moved = list.filter((one) => one.rank_bytes && one.bytes);
   at("rebalances").hidden = at("rebalances-note").hidden = !list.length;
   at("bytes").hidden = !moved.length;
   const shown = moved.find((one) => one.time === chosen) ?? moved[0];
   fillTable(at("rebalances"), HEAD, list.map((one) => cells(one)));
   [...at("rebalances").querySelectorAll("tbody tr")].forEach((row, i) => {
     row.className = list[i].result;
-    if (!list[i].rank_bytes) return;
+    if (!moved.includes(list[i])) return;
     const button = make("button", { type: "button", "aria-pressed": String(list[i] === shown) }, row.cells[0].textContent);
     button.addEventListener("click", () => {
       chosen = list[i].time;
