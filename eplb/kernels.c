@@ -643,20 +643,22 @@ void eplb_anneal(int N, int E, int T, int G, int K, const float *load, int32_t *
 
 /* ------------------------------------------------------------------ exploring under routing step by step */
 
-#define LANES 64 /* windows side by side */
+#define LANES 64 /* windows side by side, at most */
+#define FEW 16
 #define SWEEPS 6
 
 typedef struct { /* one layer while it is explored */
-    int E, G, K, blocks, edges, many;
-    const float *load;       /* [blocks][E][LANES] */
+    int E, G, K, lanes, edges, many;
+    const float *load;       /* [blocks][E][lanes] */
     int32_t *count, *slots;
-    int32_t *edge, *slot;    /* [edges][2] neighbouring replicas of an expert, by number; [many] their slots */
+    int32_t *edge;           /* [edges][2] neighbouring replicas of an expert, by number */
+    int32_t *slot, *rank;    /* [many] the replicas' slots and ranks */
     int32_t *last, *first;   /* [E] */
-    float *R, *part;         /* [G][LANES] rank loads, [many][LANES] loads of replicas */
+    float *R, *part;         /* [G][lanes] rank loads, [many][lanes] loads of replicas */
 } Flow;
 
 static int link(Flow *y, int n, int i, int j) {
-    if (y->slot[i] % y->G == y->slot[j] % y->G) return n; /* twins on a rank have nothing to even out */
+    if (y->rank[i] == y->rank[j]) return n; /* twins on a rank have nothing to even out */
     y->edge[2 * n] = i, y->edge[2 * n + 1] = j;
     return n + 1;
 }
@@ -665,45 +667,45 @@ static int link(Flow *y, int n, int i, int j) {
 static void join(Flow *y) {
     int n = 0, many = 0;
     for (int e = 0; e < y->E; e++) y->last[e] = -1;
-    for (int p = 0; p < y->K * y->G; p++) {
-        int e = y->slots[p];
-        if (y->count[e] < 2) continue;
-        y->slot[many] = p;
-        if (y->last[e] < 0)
-            y->first[e] = many;
-        else
-            n = link(y, n, y->last[e], many);
-        y->last[e] = many++;
-    }
+    for (int j = 0; j < y->K; j++)
+        for (int g = 0; g < y->G; g++) {
+            int e = y->slots[j * y->G + g];
+            if (y->count[e] < 2) continue;
+            y->slot[many] = j * y->G + g, y->rank[many] = g;
+            if (y->last[e] < 0)
+                y->first[e] = many;
+            else
+                n = link(y, n, y->last[e], many);
+            y->last[e] = many++;
+        }
     for (int e = 0; e < y->E; e++)
         if (y->count[e] > 2) n = link(y, n, y->last[e], y->first[e]);
     y->edges = n, y->many = many;
 }
 
-/* Sum over the windows of a block of the highest rank load, after replicas have evened out their ranks. */
-static float flow(Flow *y, int block) {
+static inline __attribute__((always_inline)) float flow_of(Flow *y, int block, int lanes) {
     int G = y->G, many = 0;
-    const float *load = y->load + (size_t)block * y->E * LANES;
-    memset(y->R, 0, sizeof(float) * G * LANES);
-    for (int p = 0; p < y->K * G; p++) {
-        int e = y->slots[p];
-        const float *l = load + (size_t)e * LANES;
-        float *r = y->R + (size_t)(p % G) * LANES;
-        if (y->count[e] < 2) {
-            for (int v = 0; v < LANES; v++) r[v] += l[v];
-            continue;
+    const float *load = y->load + (size_t)block * y->E * lanes;
+    memset(y->R, 0, sizeof(float) * G * lanes);
+    for (int j = 0; j < y->K; j++)
+        for (int g = 0; g < G; g++) {
+            int e = y->slots[j * G + g];
+            const float *restrict l = load + (size_t)e * lanes;
+            float *restrict r = y->R + (size_t)g * lanes;
+            if (y->count[e] < 2) {
+                for (int v = 0; v < lanes; v++) r[v] += l[v];
+                continue;
+            }
+            float each = 1.0f / (float)y->count[e], *restrict part = y->part + (size_t)many++ * lanes;
+            for (int v = 0; v < lanes; v++) part[v] = l[v] * each, r[v] += part[v];
         }
-        float each = 1.0f / (float)y->count[e], *part = y->part + (size_t)many++ * LANES;
-        for (int v = 0; v < LANES; v++) part[v] = l[v] * each, r[v] += part[v];
-    }
     for (int s = 0; s < SWEEPS; s++) {
         float half = 3 * s < 2 * SWEEPS ? 0.75f : 0.5f; /* lengthened steps first */
         for (int n = 0; n < y->edges; n++) {
             int i = y->edge[2 * n], j = y->edge[2 * n + 1];
-            float *restrict a = y->part + (size_t)i * LANES, *restrict b = y->part + (size_t)j * LANES;
-            float *restrict x = y->R + (size_t)(y->slot[i] % G) * LANES;
-            float *restrict z = y->R + (size_t)(y->slot[j] % G) * LANES;
-            for (int v = 0; v < LANES; v++) {
+            float *restrict a = y->part + (size_t)i * lanes, *restrict b = y->part + (size_t)j * lanes;
+            float *restrict x = y->R + (size_t)y->rank[i] * lanes, *restrict z = y->R + (size_t)y->rank[j] * lanes;
+            for (int v = 0; v < lanes; v++) {
                 float d = half * (z[v] - x[v]);
                 d = d < b[v] ? d : b[v];
                 d = d > -a[v] ? d : -a[v];
@@ -711,13 +713,17 @@ static float flow(Flow *y, int block) {
             }
         }
     }
-    float total = 0.0f;
-    for (int v = 0; v < LANES; v++) {
-        float most = y->R[v];
-        for (int g = 1; g < G; g++) most = y->R[g * LANES + v] > most ? y->R[g * LANES + v] : most;
-        total += most;
-    }
+    float total = 0.0f, most[LANES];
+    for (int v = 0; v < lanes; v++) most[v] = y->R[v];
+    for (int g = 1; g < G; g++)
+        for (int v = 0; v < lanes; v++) most[v] = y->R[g * lanes + v] > most[v] ? y->R[g * lanes + v] : most[v];
+    for (int v = 0; v < lanes; v++) total += most[v];
     return total;
+}
+
+/* Sum over the windows of a block of the highest rank load, after replicas have evened out their ranks. */
+static float flow(Flow *y, int block) {
+    return y->lanes == FEW ? flow_of(y, block, FEW) : flow_of(y, block, LANES);
 }
 
 /* The windows of load [E][T] with their distance from the mean stretched: out [blocks][E][LANES], each window
@@ -738,6 +744,19 @@ static void stretch(int E, int T, int G, int blocks, const float *load, const fl
     }
 }
 
+static Flow open_flow(int E, int G, int K, int lanes, const float *load, int32_t *count, int32_t *slots) {
+    int P = K * G;
+    Flow y = {.E = E, .G = G, .K = K, .lanes = lanes, .load = load, .count = count, .slots = slots};
+    y.edge = get((size_t)4 * P, 4), y.slot = get(P, 4), y.rank = get(P, 4), y.last = get(E, 4), y.first = get(E, 4);
+    y.R = get((size_t)G * lanes, 4), y.part = get((size_t)P * lanes, 4);
+    join(&y);
+    return y;
+}
+
+static void close_flow(Flow *y) {
+    free(y->edge), free(y->slot), free(y->rank), free(y->last), free(y->first), free(y->R), free(y->part);
+}
+
 static const float STRETCH[] = {1.0f, 1.5f, 2.0f, 3.0f, 4.0f};
 
 static void explore(int E, int T, int G, int K, const float *load, int32_t *count, int32_t *slots,
@@ -745,16 +764,13 @@ static void explore(int E, int T, int G, int K, const float *load, int32_t *coun
     int P = K * G, blocks = (T + LANES - 1) / LANES, spare = 0;
     float *mean = get(E, 4), *wide = get((size_t)blocks * E * LANES, 4);
     uint8_t *has = get((size_t)E * G, 1);
-    Flow y = {.E = E, .G = G, .K = K, .blocks = blocks, .load = wide, .count = count, .slots = slots};
-    y.edge = get((size_t)4 * P, 4), y.slot = get(P, 4), y.last = get(E, 4), y.first = get(E, 4);
-    y.R = get((size_t)G * LANES, 4), y.part = get((size_t)P * LANES, 4);
+    Flow y = open_flow(E, G, K, LANES, wide, count, slots);
     for (int e = 0; e < E; e++) {
         for (int t = 0; t < T; t++) mean[e] += load[(size_t)e * T + t];
         mean[e] = mean[e] * (1.0f / (float)T);
         spare += count[e] - least;
     }
     for (int p = 0; p < P; p++) has[(size_t)slots[p] * G + p % G]++;
-    join(&y);
     float start = 0.0f, here = 0.0f, most = open * (float)(blocks * LANES);
     for (int k = 0; k < 5 && here < most; k++) {
         stretch(E, T, G, blocks, load, mean, STRETCH[k], wide);
@@ -791,7 +807,7 @@ static void explore(int E, int T, int G, int K, const float *load, int32_t *coun
             slots[q] = a;
     }
     free(mean), free(wide), free(has);
-    free(y.edge), free(y.slot), free(y.last), free(y.first), free(y.R), free(y.part);
+    close_flow(&y);
 }
 
 /* Lower the mean over the windows of the highest rank load, with replicas' parts set for each window, by random
@@ -802,6 +818,137 @@ void eplb_explore(int N, int E, int T, int G, int K, const float *load, int32_t 
     for (int n = 0; n < N; n++)
         explore(E, T, G, K, load + (size_t)n * E * T, count + (size_t)n * E, slots + (size_t)n * K * G, node, least,
                 tries, open, (uint64_t)seed);
+}
+
+static float dot(const float *a, const float *b, int lanes) { /* by sixteen, then one by one */
+    float sum[16], total = 0.0f;
+    for (int v = 0; v < 16; v++) sum[v] = a[v] * b[v];
+    for (int t = 16; t < lanes; t += 16)
+        for (int v = 0; v < 16; v++) sum[v] += a[t + v] * b[t + v];
+    for (int v = 0; v < 16; v++) total += sum[v];
+    return total;
+}
+
+/* heat [G][lanes]: how near each rank is to the highest of its window, 1 in all; mean [lanes]: 1 / G. The hottest. */
+static int heat_of(Flow *y, float *heat, float *mean) {
+    int G = y->G, lanes = y->lanes, hot = 0;
+    float most = -1.0f, top[LANES], total[LANES];
+    for (int v = 0; v < lanes; v++) top[v] = y->R[v], total[v] = 0.0f, mean[v] = 1.0f / (float)G;
+    for (int g = 1; g < G; g++)
+        for (int v = 0; v < lanes; v++) top[v] = y->R[g * lanes + v] > top[v] ? y->R[g * lanes + v] : top[v];
+    for (int g = 0; g < G; g++)
+        for (int v = 0; v < lanes; v++) {
+            float x = 1.0f + (60.0f / 64.0f) * (y->R[g * lanes + v] - top[v]);
+            x = x > 0.0f ? x : 0.0f;
+            for (int i = 0; i < 6; i++) x = x * x;
+            heat[g * lanes + v] = x, total[v] += x;
+        }
+    for (int g = 0; g < G; g++) {
+        float sum = 0.0f;
+        for (int v = 0; v < lanes; v++) heat[g * lanes + v] = heat[g * lanes + v] / total[v];
+        for (int v = 0; v < lanes; v++) sum += heat[g * lanes + v];
+        if (sum > most) most = sum, hot = g;
+    }
+    return hot;
+}
+
+static const float *load_in(const Flow *y, const int32_t *part_of, int p) {
+    return part_of[p] < 0 ? y->load + (size_t)y->slots[p] * y->lanes : y->part + (size_t)part_of[p] * y->lanes;
+}
+
+/* By estimate: replicas of an expert of the hottest rank in place of redundant ones, which takes half of its load
+ * away, and swaps of experts that stand alone. */
+static int list_moves(Flow *y, const uint8_t *has, int least, int left, float *heat, float *sums, int32_t *part_of,
+                      int *hottest, Candidate *list) {
+    int G = y->G, P = y->K * G, lanes = y->lanes, found = 0;
+    float mean[LANES], *own = sums, *at = sums + P, *even = sums + 2 * P, *to = sums + 3 * P;
+    int h = *hottest = heat_of(y, heat, mean);
+    for (int p = 0; p < P; p++) part_of[p] = -1;
+    for (int i = 0; i < y->many; i++) part_of[y->slot[i]] = i;
+    for (int q = 0; q < P; q++) {
+        const float *load = load_in(y, part_of, q);
+        own[q] = dot(load, heat + (q % G) * lanes, lanes), at[q] = dot(load, heat + h * lanes, lanes);
+        even[q] = dot(load, mean, lanes);
+    }
+    for (int i = 0; i < y->K; i++) {
+        int p = i * G + h, a = y->slots[p];
+        const float *load = load_in(y, part_of, p);
+        for (int g = 0; g < G; g++) to[g] = dot(load, heat + g * lanes, lanes);
+        for (int q = 0; q < P; q++) {
+            int g = q % G, b = y->slots[q];
+            if (has[(size_t)a * G + g]) continue;
+            float relief = to[h] - to[g], copy = 0.5f * relief + (own[q] - even[q]);
+            float swap = 0.5f * (relief - (at[q] - own[q]));
+            if (y->count[b] > least && copy > 0.0f) offer(list, &found, -copy, 1, i, q);
+            if (left >= 2 && y->count[a] == 1 && y->count[b] == 1 && swap > 0.0f) offer(list, &found, -swap, 0, i, q);
+        }
+    }
+    return found;
+}
+
+static void move(Flow *y, int h, Candidate c) {
+    int p = c.i * y->G + h, a = y->slots[p], b = y->slots[c.p];
+    y->slots[c.p] = a;
+    if (c.kind)
+        y->count[a]++, y->count[b]--;
+    else
+        y->slots[p] = b;
+    join(y);
+}
+
+static void move_back(Flow *y, int h, Candidate c, int a, int b) {
+    y->slots[c.p] = b;
+    if (c.kind)
+        y->count[a]--, y->count[b]++;
+    else
+        y->slots[c.i * y->G + h] = a;
+}
+
+static float follow(int E, int T, int G, int K, const float *load, int32_t *count, int32_t *slots, int least, int left,
+                    float target, float least_gain) {
+    int P = K * G, lanes = T <= FEW ? FEW : LANES, h;
+    float *wide = get((size_t)E * lanes, 4), *heat = get((size_t)G * lanes, 4), *sums = get((size_t)3 * P + G, 4);
+    int32_t *part_of = get(P, 4);
+    uint8_t *has = get((size_t)E * G, 1);
+    for (int e = 0; e < E; e++)
+        for (int v = 0; v < lanes; v++) wide[(size_t)e * lanes + v] = load[(size_t)e * T + v % T];
+    for (int p = 0; p < P; p++) has[(size_t)slots[p] * G + p % G]++;
+    Flow y = open_flow(E, G, K, lanes, wide, count, slots);
+    float here = flow(&y, 0);
+    while (left > 0 && here > target * (float)lanes) {
+        Candidate list[CANDIDATES];
+        int found = list_moves(&y, has, least, left, heat, sums, part_of, &h, list), chosen = -1;
+        float best = least_gain * (float)lanes;
+        for (int n = 0; n < found && (n < 8 || chosen < 0); n++) { /* more than 8 only until one gains */
+            int a = slots[list[n].i * G + h], b = slots[list[n].p];
+            move(&y, h, list[n]);
+            float gain = here - flow(&y, 0);
+            if (!list[n].kind) gain = gain * 0.5f; /* it writes two slots */
+            if (gain > best) best = gain, chosen = n;
+            move_back(&y, h, list[n], a, b);
+        }
+        if (chosen < 0) break;
+        Candidate c = list[chosen];
+        int a = slots[c.i * G + h], b = slots[c.p], g = c.p % G;
+        move(&y, h, c);
+        here = flow(&y, 0);
+        has[(size_t)a * G + g]++, has[(size_t)b * G + g]--;
+        if (!c.kind) has[(size_t)b * G + h]++, has[(size_t)a * G + h]--;
+        left -= c.kind ? 1 : 2;
+    }
+    close_flow(&y);
+    free(wide), free(heat), free(sums), free(part_of), free(has);
+    return here * (1.0f / (float)lanes);
+}
+
+/* At most `budget` slot changes a layer that lower the mean over the windows (64 at most) of the highest rank load
+ * with replicas' parts set for each window, each by least_gain a slot, until it is at the target. count [N][E] and
+ * slots [N][K][G] in and out; score [N]: that mean. */
+void eplb_follow(int N, int E, int T, int G, int K, const float *load, int32_t *count, int32_t *slots, int least,
+                 int budget, float target, float least_gain, float *score) {
+    for (int n = 0; n < N; n++)
+        score[n] = follow(E, T, G, K, load + (size_t)n * E * T, count + (size_t)n * E, slots + (size_t)n * K * G, least,
+                          budget, target, least_gain);
 }
 
 /* ------------------------------------------------------------------ routing shares */

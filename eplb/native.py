@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moeserve.eplb import plain
-from moeserve.eplb.plain import Options
+from moeserve.eplb.plain import LANES, Options
 from moeserve.eplb.types import Floats, Ints
 
 Singles = npt.NDArray[np.float32]
@@ -90,6 +90,18 @@ class Kernels(Protocol):
     ) -> None:
         """Changes count [N, E] and slots [N, K, G] in place; load [N, E, T], node [G]."""
 
+    def follow(
+        self,
+        load: Singles,
+        count: Ints,
+        slots: Ints,
+        least: int,
+        budget: int,
+        target: float,
+        least_gain: float,
+    ) -> Singles:
+        """Changes count [N, E] and slots [N, K, G] in place; imbalance [N]. load [N, E, T], T 64 at most."""
+
     def fill(
         self,
         load: Floats,
@@ -120,6 +132,7 @@ class Plain:
     improve = staticmethod(plain.improve)
     anneal = staticmethod(plain.anneal)
     explore = staticmethod(plain.explore)
+    follow = staticmethod(plain.follow)
     fill = staticmethod(plain.fill)
 
 
@@ -225,6 +238,27 @@ class Native:
             layers, experts, windows, slots.shape[2], slots.shape[1], _at(load), _at(count), _at(slots),
             _at(node), least, tries, ctypes.c_float(open_from), seed,
         )  # fmt: skip
+
+    def follow(
+        self,
+        load: Singles,
+        count: Ints,
+        slots: Ints,
+        least: int,
+        budget: int,
+        target: float,
+        least_gain: float,
+    ) -> Singles:
+        load = np.ascontiguousarray(load, np.float32)
+        layers, experts, windows = load.shape
+        _check(slots, layers, experts, count)
+        assert windows <= LANES
+        score = np.empty(layers, np.float32)
+        self.library.eplb_follow(
+            layers, experts, windows, slots.shape[2], slots.shape[1], _at(load), _at(count), _at(slots), least,
+            budget, ctypes.c_float(target), ctypes.c_float(least_gain), _at(score),
+        )  # fmt: skip
+        return score
 
     def fill(
         self,

@@ -210,10 +210,13 @@ class Rebalancer:
             survive_rank_loss=s.survive_rank_loss,
             routing=s.routing,
         )
-        tries = [search(problem, current, s.max_moves_per_layer) for search in _SEARCHES[s.routing]]
-        found, after = self._best_of(windows, tries)
+        was, tries = float(before.mean()), []
+        for search in _SEARCHES[s.routing]:
+            tries.append(search(problem, current, s.max_moves_per_layer))
+            found, after = self._best_of(windows, tries)
+            if float(after.mean()) <= was * (1 - max(_FAR, min_gain)):
+                break  # enough to act on; the next decision goes on from there
         kept, then = self._worthwhile_layers(before, found, after, min_gain / 2)
-        was = float(before.mean())
         if float(then.mean()) <= was * (1 - min_gain) or not self._far_off(problem, windows, was):
             return kept, then, min_gain
         least = min_gain / _DECISIONS

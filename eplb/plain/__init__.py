@@ -10,7 +10,21 @@ from moeserve.eplb.plain.anneal import anneal
 from moeserve.eplb.plain.common import Options
 from moeserve.eplb.plain.explore import explore
 from moeserve.eplb.plain.fill import fill
+from moeserve.eplb.plain.flow import LANES
+from moeserve.eplb.plain.follow import follow
 from moeserve.eplb.plain.improve import improve
 from moeserve.eplb.plain.place import components, place, prepare, replicate
 
-__all__ = ["Options", "anneal", "components", "explore", "fill", "improve", "place", "prepare", "replicate"]
+__all__ = [
+    "LANES",
+    "Options",
+    "anneal",
+    "components",
+    "explore",
+    "fill",
+    "follow",
+    "improve",
+    "place",
+    "prepare",
+    "replicate",
+]

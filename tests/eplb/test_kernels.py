@@ -120,6 +120,29 @@ def test_same_exploring(compiled: Native, shape: tuple[int, int, int, int, int],
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("budget", [0, 3, 40])
+def test_same_few_moves(compiled: Native, shape: tuple[int, int, int, int, int], budget: int) -> None:
+    load = _load(np.random.default_rng(6), shape)
+    layers, experts, _, ranks, per_rank = shape
+    spread = np.arange(ranks * per_rank, dtype=np.int32) % experts
+    slots = np.tile(spread.reshape(per_rank, ranks), (layers, 1, 1))
+    count = np.stack([np.bincount(row.ravel(), minlength=experts) for row in slots]).astype(np.int32)
+    a, b = (count.copy(), slots.copy()), (count.copy(), slots.copy())
+    one = compiled.follow(load, *a, 1, budget, 1.001, 1e-4)
+    two = Plain.follow(load, *b, 1, budget, 1.001, 1e-4)
+    assert (one == two).all()
+    assert (a[0] == b[0]).all()
+    assert (a[1] == b[1]).all()
+    assert ((a[1] != slots).sum(axis=(1, 2)) <= budget).all()
+    for n in range(layers):
+        assert (np.bincount(a[1][n].ravel(), minlength=experts) == a[0][n]).all()
+    before = compiled.follow(load, count, slots, 1, 0, 1.001, 1e-4)
+    assert (one <= before).all()
+    if budget and shape == (1, 64, 33, 16, 5):
+        assert (one < before - 0.01).all()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_same_shares(compiled: Native, shape: tuple[int, int, int, int, int]) -> None:
     rng = np.random.default_rng(1)
     _, experts, windows, ranks, per_rank = shape
