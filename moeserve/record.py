@@ -30,6 +30,8 @@ from moeserve.eplb.load import ExpertLoad, Phase, Window
 WINDOWS = 32
 """Of each phase at most: the answers in the order in which they come, cut into equal parts."""
 MAX_ANSWER_BYTES = 256 << 20
+MOST_EXPERTS = 4096
+"""Of a layer, unless the number is given: one wrong answer must not take all memory."""
 TRIES = 5
 """Of a request that the server is too busy for."""
 GIVE_UP = 5
@@ -278,7 +280,7 @@ class Tally:
                     f"[layers, top_k] is {list(shape)}, {list(self._shape)} in the answers before"
                 )
             low, high = (int(f(one.experts)) for f in (np.min, np.max)) if one.experts.size else (0, 0)
-            limit = self._num_experts or 1 << 20
+            limit = self._num_experts or MOST_EXPERTS
             if low < -1 or high >= limit:
                 raise ValueError(f"expert ids run from {low} to {high}, expected -1 to {limit - 1}")
             self._shape = shape
@@ -321,7 +323,11 @@ class Tally:
             if not layers:
                 raise ValueError("all expert ids are 0: " + NO_EXPERTS)
         windows = tuple(Window(phase, window, 1, *self._about[window, phase]) for window, phase in keys)
-        fits = placed is not None and len(placed.layers) == len(layers) and placed.ep_size == ep_size
+        fits = (
+            placed is not None
+            and (len(placed.layers), placed.ep_size) == (len(layers), ep_size)
+            and placed.placement.num_experts == experts
+        )
         return ExpertLoad(
             load[:, layers],
             layers=placed.layers if placed is not None and fits else tuple(layers),
