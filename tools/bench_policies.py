@@ -4,9 +4,10 @@
 
 Imbalance is max/mean rank load of one step and layer, averaged over steps and layers. Next-step figures are on
 steps after those that were solved on. `even`: replicas share equally; `global`: parts set anew for each step from
-the counts of all ranks; `local`: each source rank sets its own from its own counts, in whole tokens. Times are
-process time on one core, the least of several runs. --traces: a folder with dsr1_rank_profiles_58x256.npy (else the
-built-in fit of it), esft_dsv2lite_*.npz and tiny_moe_domains.npz; what is missing is left out.
+the counts of all ranks; `local`: each source rank sets its own from its own counts, in whole tokens. Placements for
+global and local are solved with routing="step". Times are process time on one core, the least of several runs.
+--traces: a folder with dsr1_rank_profiles_58x256.npy (else the built-in fit of it), esft_dsv2lite_*.npz and
+tiny_moe_domains.npz; what is missing is left out.
 """
 
 from __future__ import annotations
@@ -98,11 +99,15 @@ class Bench:
         eight = load.reshape(8, 8, *load.shape[1:]).sum(axis=1)
         eight_ms = _least(lambda: solve(eight, t))
         tier = _least(lambda: fast(Problem.of(summed, t)))
+        early = self.steps("drift", 0)[:SOLVED_ON]
+        step = _least(lambda: solve(early, t, routing="step"), 1) * 58 / early.shape[1]
         return [
             Row("solve 58x256, 288/32, from scratch, all of it (32 windows)", _ms(greedy), _ms(full), "30 ms", "10 ms",
                 "DeepSeek's own code 818 ms; greedy here is our batched writing"),
             Row("  the same from 8 windows", _ms(greedy), _ms(eight_ms), "30 ms", "10 ms"),
             Row("  fast tier (no refinement)", _ms(greedy), _ms(tier), "", "3 ms"),
+            Row('  routing="step", searched, from 256 windows', _ms(greedy), _ms(step), "", "",
+                "the placements of the global and local rows below"),
         ]  # fmt: skip
 
     def next_step(self) -> list[Row]:
@@ -123,7 +128,7 @@ class Bench:
                     early, late = steps[:SOLVED_ON], steps[SOLVED_ON:]
                     theirs = solve(early, self.topology, policy="greedy", routing="even")
                     ours = solve(
-                        early, self.topology, policy=policy, routing="even" if split == "even" else "shares"
+                        early, self.topology, policy=policy, routing="even" if split == "even" else "step"
                     )
                     figures.append([self.after(late, p, split, seed) for p in (theirs, ours)])
                 a, b = np.mean(figures, axis=0)
@@ -150,7 +155,7 @@ class Bench:
         early, late = steps[:SOLVED_ON], steps[SOLVED_ON:]
         whole, self.topology = self.topology, Topology.of(RANKS, 320)
         theirs = solve(early, self.topology, policy="greedy", routing="even")
-        ours = solve(early, self.topology)
+        ours = solve(early, self.topology, routing="step")
         a, b = (self.after(late, p, "local", 0) for p in (theirs, ours))
         self.topology = whole
         return [
@@ -199,22 +204,22 @@ class Bench:
                     Row(f"moves a layer a window, {scenario}, {'even' if k == 0 else 'global'}", f"{theirs[2]:.1f}",
                         f"{ours[2]:.2f}", *goal, f"imbalance {theirs[k]:.4f} -> {ours[k]:.4f}")
                 )  # fmt: skip
+        return [*rows, *self.decisions()]
+
+    def decisions(self) -> list[Row]:
+        """How long a decision takes: with a placement of this traffic in force, and with one of other traffic."""
+        rows = []
         load = self.all_layers().reshape(8, 8, 58, 256).sum(axis=1)
-        for routing in ("even", "step"):
-            balancer = Rebalancer(
-                solve(load, self.topology), self.topology, Settings(routing=routing, windows=8)
-            )  # type: ignore[arg-type]
-            for window in load:
-                balancer.observe(window)
-            rows.append(
-                Row(
-                    f"online decision, all layers, {routing}",
-                    "-",
-                    _ms(_least(balancer.decide)),
-                    "30 ms",
-                    "5 ms",
-                )
-            )
+        for routing in ("even", "shares", "step"):
+            for others, name in ((load, "balanced"), (load[:, ::-1], "after a shift")):
+                start = solve(others, self.topology, routing=routing)  # type: ignore[arg-type]
+                balancer = Rebalancer(start, self.topology, Settings(routing=routing, windows=8))  # type: ignore[arg-type]
+                for window in load:
+                    balancer.observe(window)
+                decision = balancer.decide()
+                note = f"{decision.moves} moves" if decision.plan else decision.reason
+                rows.append(Row(f"online decision, all layers, {routing}, {name}", "-", _ms(_least(balancer.decide)),
+                                "30 ms", "5 ms", note))  # fmt: skip
         return rows
 
     def serve(self, windows: Counts, settings: Settings) -> tuple[float, float, float]:
@@ -249,7 +254,8 @@ class Bench:
 
     def real_tokens(self) -> list[Row]:
         """DeepSeek-V2-Lite's own routing; requests to solve on and to serve are disjoint. Steps of both are made
-        alike: every rank serves requests of its own, a part of all of them, with 128 tokens; 64 steps to solve on."""
+        alike: every rank serves requests of its own, a part of all of them, with 128 tokens; 64 steps to solve on,
+        as windows of single ranks' tokens or of all ranks' together."""
         files = [self.traces / f"esft_dsv2lite_{name}.npz" for name in ("intent", "law")]
         if not all(path.exists() for path in files):
             return []
@@ -265,26 +271,30 @@ class Bench:
         for slots, ranks, reach, aim in ((72, 8, "1.015", "1.011"), (80, 16, "1.02", "1.016")):
             t = Topology.of(ranks, slots)
             solving = np.random.default_rng(2)
-            windows = np.stack([_rank_counts(train, ranks, solving).sum(axis=0) for _ in range(64)])
+            batches = np.stack([_rank_counts(train, ranks, solving) for _ in range(64)])  # [64, ranks, L, E]
+            windows = batches.sum(axis=1)
             theirs = solve(windows, t, policy="greedy", routing="even")
-            ours = solve(windows, t)
-            random, local, shared = [], [], []
+            ours = solve(batches.reshape(-1, *windows.shape[1:]), t, routing="step")
+            summed = solve(windows, t, routing="step")
+            random, local, other, shared = [], [], [], []
             rng = np.random.default_rng(1)
             for step in range(8 if self.quick else 32):
                 own = _rank_counts(test, ranks, rng)  # [ranks, L, E]
                 for layer in range(own.shape[1]):
                     random.append(_random_replica(theirs.slot_to_expert[layer], own[:, layer], t, rng))
                     local.append(_received(ours.slot_to_expert[layer], own[:, layer], t, step))
+                    other.append(_received(summed.slot_to_expert[layer], own[:, layer], t, step))
                 shared.append(step_shares(ours, own.sum(axis=0)[None], t)[1][0])
-            a, b, c = (float(imbalance(np.array(x, float)).mean()) for x in (random, local, shared))
+            a, b, c, d = (float(imbalance(np.array(x, float)).mean()) for x in (random, local, other, shared))
             rows.append(Row(f"real DeepSeek-V2-Lite tokens, {slots}/{ranks}, local", _x(a), _x(b), reach, aim,
-                            f"greedy picks replicas at random; global shares {c:.4f}"))  # fmt: skip
+                            "solved on each rank's own batches; greedy picks replicas at random; solved on "
+                            f"batches of all ranks together {c:.4f}; global shares {d:.4f}"))  # fmt: skip
         return rows
 
     def hierarchical(self) -> list[Row]:
         """Goals were set where the flat greedy stood at 1.086 and 1.042: where it stands on our steady load."""
         t = Topology.of(RANKS, SLOTS, 8)
-        goals = {"even": ("1.090", "1.087"), "shares": ("1.02", "1.014")}
+        goals = {"even": ("1.090", "1.087"), "step": ("1.02", "1.014")}
         scenarios: tuple[Scenario, ...] = ("steady", "drift")
         figures: dict[tuple[str, str], list[list[float]]] = {}
         for scenario in scenarios:
@@ -292,7 +302,7 @@ class Bench:
                 steps = self.steps(scenario, seed)
                 early, late = steps[:SOLVED_ON], steps[SOLVED_ON:]
                 theirs = solve(early, t, policy="greedy", routing="even", expert_groups=8)
-                for routing, split in (("even", "even"), ("shares", "global")):
+                for routing, split in (("even", "even"), ("step", "global")):
                     ours = solve(early, t, policy="hierarchical", routing=routing, expert_groups=8)  # type: ignore[arg-type]
                     found = [self.after(late, p, split, seed) for p in (theirs, ours)]
                     figures.setdefault((routing, scenario), []).append(found)
@@ -343,9 +353,16 @@ class Bench:
             ours = explain(load, t).placement
             a = balance(load[None], theirs, t, even=True).mean
             even, shares = (balance(load[None], ours, t, even=e).mean for e in (True, False))
-            rows.append(Row(f"small: {len(weights)} experts, {slots}/{ranks}", _x(a), _x(even), _x(best), _x(best),
-                            f"with its shares {shares:.4f}"))  # fmt: skip
+            # as every report counts a placement: by its shares
+            rows.append(Row(f"small: {len(weights)} experts, {slots}/{ranks}", _x(a), _x(shares), _x(best), _x(best),
+                            f"with an even split {even:.4f}, at best {self.best_even(load, t):.4f} without two "
+                            "replicas on a rank"))  # fmt: skip
         return rows
+
+    @staticmethod
+    def best_even(load: Counts, t: Topology) -> float:
+        """Proven by mixed-integer programming."""
+        return balance(load[None], solve(load, t, policy="exact", routing="even"), t, even=True).mean
 
 
 def _rank_counts(requests: list[npt.NDArray[np.uint8]], ranks: int, rng: np.random.Generator) -> Counts:
