@@ -22,7 +22,7 @@ MOST_WINDOWS = {"even": 64, "shares": 32, "step": 32}
 """Windows that a solver looks at; more are summed into this many. An even split gains longer from more of them:
 nothing evens out later what the placement did not foresee."""
 
-MOST_SAMPLES = 512
+MOST_SAMPLES = 1024
 """Windows as given that a search for routing step by step looks at; of more, some are left out."""
 
 
