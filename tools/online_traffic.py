@@ -1,0 +1,66 @@
+"""Traffic that changes its domain, for the embedded model: beginnings of text that it goes on with in kind."""
+
+from __future__ import annotations
+
+PROMPTS: dict[str, tuple[str, ...]] = {
+    "spanish": (
+        "Y dijo Dios: ",
+        "En el principio era",
+        "Porque de tal manera amó",
+        "Y aconteció que en aquellos días",
+        "Bienaventurados los que",
+        "Entonces respondió el pueblo, y dijo:",
+        "Y vino palabra de Jehová a mí, diciendo:",
+        "Los hijos de Israel hicieron",
+    ),
+    "c": (
+        "#ifndef BUFFER_H\n#define BUFFER_H\n\n#include <stdint.h>\n",
+        "/* Return the number of bytes written, or -1 on error. */\nint ",
+        "typedef struct {\n    int flags;\n    const char *name;\n",
+        "#define MAX(a, b) ((a) > (b) ? (a) : (b))\n#define MIN",
+        "static inline void *",
+        "extern int SSL_set_",
+        "SQLITE_API int sqlite3_",
+        "#if defined(__cplusplus)\nextern \"C\" {\n#endif\n",
+    ),
+    "prose": (
+        "It is a truth universally acknowledged, that",
+        "Elizabeth was much too embarrassed to say a word.",
+        "The morning was fine, and the party set out",
+        "Her mother, on hearing this, declared that",
+        "He bowed, and after a short silence,",
+        "Mr. Knightley looked at her, and",
+        "They were all in the drawing room when the letter",
+        "She could not help smiling at the thought of",
+    ),
+    "python": (
+        "import os\nimport sys\n\ndef main(argv=None):\n",
+        "class Reader:\n    def __init__(self, path):\n        self.path = path\n",
+        "    def _read(self, size=-1):\n        ",
+        "        if not isinstance(value, str):\n            raise TypeError(",
+        "def parse(text):\n    \"\"\"Parse the text and return",
+        "    for key, value in sorted(self.items()):\n        ",
+        "try:\n    import ssl\nexcept ImportError:\n    ",
+        "        self.assertEqual(len(result), ",
+    ),
+    "scripture": (
+        "And it came to pass in those days, that",
+        "And the LORD spake unto Moses, saying,",
+        "Blessed are they that",
+        "In the beginning was",
+        "Now these are the generations of",
+        "And he said unto them, Verily,",
+        "The children of Israel did evil",
+        "Then answered the king and said,",
+    ),
+    "docs": (
+        "This module provides a portable way of",
+        "The following functions are defined:",
+        "Changed in version 3.6: The keyword argument",
+        "Return a new iterator over the",
+        "Note: if the object is not",
+        "See also: the documentation of the",
+        "Raises an exception of type ValueError if",
+        "The default value of this option is",
+    ),
+}  # fmt: skip
