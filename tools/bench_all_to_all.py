@@ -2,6 +2,7 @@
 
     PYTHONPATH=. python tools/bench_all_to_all.py [--ranks 2,4,8] [--repeats N] [--json FILE]
     PYTHONPATH=. python tools/bench_all_to_all.py --only model          # bytes, bounds and fits; measures nothing
+    PYTHONPATH=. python tools/bench_all_to_all.py --device cuda         # the GPU kernels, 8 virtual ranks on one GPU
 
 Ways take turns, so that all see the same machine; figures are medians over turns of the slowest rank. GB/s counts
 what all ranks write, their own part included. With more ranks than cores the time is mostly that of waiting for a core.
@@ -57,11 +58,18 @@ def main() -> None:
     )
     parser.add_argument("--repeats", type=int, default=40, help="of each way (default: %(default)s)")
     parser.add_argument("--only", choices=PARTS, help="one part alone; model measures nothing")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--json", metavar="FILE")
     flags = parser.parse_args()
     sizes = [int(size) for size in flags.ranks.split(",")]
-    wanted = PARTS if flags.only is None else (flags.only,)
+    wanted: Sequence[str] = PARTS if flags.only is None else (flags.only,)
     tables: dict[str, list[Row]] = {}
+    if flags.device == "cuda":
+        from all_to_all_virtual import time_virtual
+
+        wanted = ()
+        tables["virtual"] = time_virtual(torch.device("cuda"), flags.repeats)
+        show("8 virtual ranks on one GPU, DeepSeek-V3, microseconds a rank: no NVLink", tables["virtual"])
     if "pairs" in wanted:
         tables["pairs"] = measured(measure_pairs, sizes, flags.repeats)
         show("all-to-all of equal parts, milliseconds and GB/s", tables["pairs"])

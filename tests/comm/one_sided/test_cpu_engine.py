@@ -155,6 +155,17 @@ def test_compiled_and_plain_loops_leave_the_same_memory(seed: int) -> None:
             assert torch.equal(left, right)
 
 
+def test_as_many_ranks_as_a_rack_has() -> None:
+    form = RowFormat(3, torch.float32)
+    config = EpConfig(72, 3, 22, 4, form, form)
+    engines, _ = make_engines(config, native_loops)
+    given = make_inputs(config, 3, 3)
+    expected = dispatch_all(given.xs, given.slots, 4)
+    ys = [experts(e.rows, e.tokens_per_slot, i * 4) for i, e in enumerate(expected)]
+    for out, wanted in zip(run_step(engines, given), combine_all(ys, expected, given.weights), strict=True):
+        assert same_bits(out, wanted)
+
+
 def test_a_token_travels_once_to_a_rank() -> None:
     config = EpConfig(2, 4, 4, 4, RowFormat(8, torch.float32), RowFormat(8, torch.float32))
     engines, heaps = make_engines(config, PlainLoops)
