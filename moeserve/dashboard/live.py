@@ -55,13 +55,11 @@ class LiveSource:
 
 
 def measured(windows: Sequence[LoadWindow], topology: Topology) -> dict[str, Floats]:
-    """[W, L, G] by phase: what each rank was given, of the phases whose windows all say it."""
+    """[W, L, G] by phase: what each rank was given, of the phases whose windows all say it for these slots."""
     found: dict[str, Floats] = {}
     for i, phase in enumerate(PHASES):
-        slots = [
-            window.slots[i] if window.slots is not None else None for window in windows if window.tokens[i]
-        ]
-        known = [counts for counts in slots if counts is not None]
+        slots = [None if window.slots is None else window.slots[i] for window in windows if window.tokens[i]]
+        known = [counts for counts in slots if counts is not None and counts.shape[-1] == topology.num_slots]
         if known and len(known) == len(slots):
             stacked = np.stack(known).astype(np.float64)
             found[phase] = stacked.reshape(*stacked.shape[:2], topology.num_ranks, -1).sum(axis=-1)
