@@ -51,6 +51,7 @@ class LiveSource:
             make_measured=lambda: measured(windows, balance.topology),
             expert_bytes=balance.expert_bytes,
             routing=balance.split,
+            lost=tuple(balance.lost),
         )
 
 

@@ -57,6 +57,7 @@ def summary(source: Shown, recording: Recording | None) -> dict[str, Any]:
         "survives_rank_loss": placement.survives_rank_loss(topology),
         "on_one_rank": _on_one_rank(placement, topology),
         "expert_bytes": recording.expert_bytes,
+        "lost": list(recording.lost),
         "last_time": recording.last_time,
         "windows": windows,
         "recent": {

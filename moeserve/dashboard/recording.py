@@ -27,6 +27,7 @@ class Recording:
     imbalance of the last seconds of a running engine, by phase. previous: the placement before the one in force.
     rebalances: as /eplb/status has them, newest first. measured: by phase what the ranks were really given in each
     window, [W, L, G], where slots were counted. expert_bytes: weights of an expert in a layer, 0 where unknown.
+    lost: numbers of ranks that the engine started with and goes on without.
     """
 
     version: str
@@ -40,6 +41,7 @@ class Recording:
     make_measured: Callable[[], dict[str, Floats]] = dict
     expert_bytes: int = 0
     routing: str | None = None
+    lost: tuple[int, ...] = ()
     _ranks: dict[str, Floats] = field(default_factory=dict, init=False)
 
     @cached_property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from moeserve.dashboard import advice, panels
 from moeserve.dashboard.live import LiveSource, measured
 from moeserve.eplb.types import Placement, Topology
 from moeserve.expert_balance import ExpertBalance
@@ -43,3 +44,23 @@ def test_the_version_tells_of_counts_and_of_placements() -> None:
     assert len(set(versions)) == 3
     recording = source.read()
     assert recording is not None and recording.previous == placement and recording.measured == {}
+
+
+def test_after_the_loss_of_a_rank() -> None:
+    """Three ranks of two slots, of which the middle one goes; the counts of before stay."""
+    placement = Placement(np.array([[0, 1, 1, 2, 2, 0]]), 3)
+    balance = ExpertBalance(placement, Topology.of(3, 6), layers=(0,), model="m", top_k=1, expert_groups=1)
+    counts = np.array([[[0, 0, 0]], [[4, 4, 4]]], "<u4").tobytes()
+    slots = np.array([[[0] * 6], [[2, 2, 2, 2, 2, 2]]], "<u4").tobytes()
+    balance.add(ExpertCounts(0, 5, 5, 1.0, (0, 12), counts, slot_counts=slots))
+    source = LiveSource(balance)
+    before = source.version
+    balance.regroup(Placement(np.array([[0, 1, 2, 0]]), 3, generation=1), [1])
+    recording = source.read()
+    assert recording is not None and source.version != before
+    head = panels.summary(source, recording)
+    assert (head["lost"], head["ep_size"], head["num_slots"]) == ([1], 2, 4)
+    found = panels.history(recording, "decode", 0)
+    assert (found["basis"], found["mean"]) == ("placement", [1.0])
+    assert panels.layer_detail(recording, "decode", 0, None)["previous"] is None
+    assert advice.verdict(recording, "decode")["as_it_was"] is None

@@ -67,6 +67,7 @@ export function showFacts(summary) {
       ["Replicas", summary.num_slots === summary.num_experts ? "none" : { even: "share evenly", shares: "by fixed shares", step: "levelled each step" }[summary.routing]],
     );
   }
+  if (summary.lost?.length) entries.push(["Lost", `rank ${summary.lost.join(", ")}; the others are counted from 0 again`]);
   if (summary.balancer) entries.push(["Balancer", summary.balancer]);
   describe(at("facts"), entries);
 }
