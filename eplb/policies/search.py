@@ -18,21 +18,14 @@ SMALL = 64
 """Slots of a layer up to which the search is worth its time."""
 
 _STEPS = 10_000
-_STEEPNESS = (
-    15.0,
-    30.0,
-    60.0,
-    15.0,
-    30.0,
-    60.0,
-)  # of the penalty, one for each seed: none is best everywhere
+_STEEPNESS = (15.0, 30.0, 60.0) * 2  # of the penalty, one for each seed: none is best everywhere
 _ENOUGH = 1.0005  # mean over the windows of max/mean at which a layer is as good as done
-
 
 LEAST_SAMPLES = 32
 """Windows below which exploring would fit their chance rather than the load."""
 
-_TRIED_SLOTS = 640_000  # tries of a layer times its slots
+_TRIED_SLOTS = 640_000  # tries of a layer times its slots, within the limits below
+_TRIES = (500, 8000)
 _OPEN = 1.02  # imbalance that routing leaves on the windows as they are stretched for exploring
 
 
@@ -40,7 +33,7 @@ def explore(problem: Problem, count: Ints, placed: Ints, node: Ints) -> None:
     """Improve count [L, E] and placed [L, K, G] in place for routing step by step; slots change within nodes."""
     assert problem.samples is not None
     load = problem.kernels.prepare(problem.samples, problem.topology.num_ranks)[0]
-    tries = min(max(_TRIED_SLOTS // problem.topology.num_slots, 500), 8000)
+    tries = int(np.clip(_TRIED_SLOTS // problem.topology.num_slots, *_TRIES))
     problem.kernels.explore(load, count, placed, node, problem.least, tries, _OPEN, 0)
 
 

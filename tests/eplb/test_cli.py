@@ -280,6 +280,18 @@ def test_simulate(stats: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert _run(capsys, "simulate", stats, "--hardware", "abacus")[0] == 2
 
 
+def test_solve_for_how_replicas_will_share(
+    stats: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shares = {}
+    for routing in ("even", "shares", "step"):
+        out = tmp_path / f"{routing}.json"
+        assert _run(capsys, stats, "--routing", routing, "-o", str(out), "--quiet")[0] == 0
+        placement = read_placement(out).placement
+        shares[routing] = np.allclose(placement.share, placement.even_share)
+    assert shares == {"even": True, "shares": False, "step": False}
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
