@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moeserve.comm.group import Group
 from moeserve.comm.weight_mover.checksum import Checksum
-from moeserve.comm.weight_mover.protocol import WrongChecksum
+from moeserve.comm.weight_mover.protocol import TransferError, WrongChecksum
 
 WORD = 8
 """Tensors of an expert begin at multiples of it in the stream, and its checksum is as long."""
@@ -65,7 +65,11 @@ class ExchangeMover:
         self._incoming = [flow for flow in self._flows if flow.target_rank == me]
         needed = sum(map(self._length, self._incoming))
         if self._staging.numel() < needed or self._staging.device != device:
-            self._staging = torch.empty(needed, dtype=torch.uint8, device=device)
+            self._staging = torch.empty(0, dtype=torch.uint8, device=device)  # first give back what there is
+            try:
+                self._staging = torch.empty(needed, dtype=torch.uint8, device=device)
+            except RuntimeError as error:
+                raise TransferError(f"no memory for {needed} bytes of staging") from error
         start = 0
         for flow in self._incoming:
             stop = start + self._length(flow)

@@ -37,6 +37,7 @@ class WeightMover(Protocol):
         """tensors: all that an expert consists of, each [slots of this rank, ...], contiguous, the same shapes and
         dtypes on every rank. moves: (source slot, target slot), numbered over all ranks; no target twice. All
         sources are read as they stand before commit, so slots may be swapped or follow one another in a circle.
+        Raises TransferError when there is no memory for staging: then no rank may advance.
         """
         ...
 

@@ -6,6 +6,7 @@ Knows neither why nor when: an order comes as a message, and what came of it goe
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -29,7 +30,7 @@ from moeserve.ops.spread import SplitTable
 
 log = logging.getLogger(__name__)
 ROUND_SECONDS = 30.0
-"""A round may take so long beyond the time that its bytes need at the ordered rate."""
+"""A round may take so long once it was allowed more bytes than a rank could need."""
 PREPARE_SECONDS = 0.5e-3
 """A busy step goes on getting tables ready for so long, where ranks may differ in that; one takes 0.1 to 0.3 ms."""
 AGREE_EVERY = 4
@@ -121,6 +122,7 @@ class _Run:
         self._arrived: set[int] = set()
         self._views: dict[int, Tensor | SplitTable] = {}
         self._steps = self._max_bytes = 0
+        self._is_prepared = self._all_prepared = False
         self._failures: list[str] = []
         self._began = time.perf_counter()
         self._stall = 0.0
@@ -131,7 +133,7 @@ class _Run:
         except ValueError as error:
             self._fail(str(error), State.REFUSED)
         else:
-            self._begin_round(self._began)
+            self._begin_round()
 
     def step(self, idle: bool, entered: float) -> list[FromRank]:
         """Of a busy step one thing alone, as each meeting of the ranks costs it: to agree, to get a table ready, or to
@@ -161,6 +163,7 @@ class _Run:
         words = [Word(row[0], State(row[1]), row[2], row[3]) for row in rows]
         assert {word.order for word in words} == {self.order.order}, words
         self._max_bytes = min(word.max_bytes for word in words)
+        self._all_prepared = self._is_prepared  # after as many steps on every rank
         layers = self._rounds.current
         turn = self._rounds.hear(words)
         said: list[FromRank] = []
@@ -176,7 +179,7 @@ class _Run:
             if failed and self._state != State.FAILED:
                 self._failures.append(f"layers {list(layers)}: failed on ranks {failed}")
         if self._rounds.current:
-            self._begin_round(now)
+            self._begin_round()
         else:
             self.over = True
         return said
@@ -189,16 +192,18 @@ class _Run:
             mover.commit()
         self._map.switch(self._after, self._views)
 
-    def _begin_round(self, now: float) -> None:
+    def _begin_round(self) -> None:
         layers = self._rounds.current
         moved = [layer for layer in layers if self._layers[layer].moves]
         assert len(moved) <= len(self._movers), "a round has a mover for each of its layers"
         self._state = State.UNDER_WAY
         self._views, self._moving, self._arrived = {}, [], set()
         self._preparations = self._prepare(layers, moved)
-        num_bytes = sum(2 * len(self._layers[layer].moves) * self._expert_bytes(layer) for layer in moved)
-        rate = self.order.bytes_per_second
-        self._deadline = now + ROUND_SECONDS + (0.0 if rate is None else 2 * num_bytes / rate)
+        self._is_prepared = self._all_prepared = False
+        self._bytes_left = sum(
+            2 * len(self._layers[layer].moves) * self._expert_bytes(layer) for layer in moved
+        )
+        self._deadline = math.inf
 
     def _prepare(self, layers: Sequence[int], moved: Sequence[int]) -> Iterator[None]:
         """What this rank does by itself before bytes travel, in parts for a step each: as many on every rank."""
@@ -208,7 +213,11 @@ class _Run:
             self._views[layer] = self._map.view(layer, self._new)
             yield
         for layer, mover in zip(moved, self._movers, strict=False):
-            mover.begin(self._weights[layer], self._layers[layer].moves)
+            try:
+                mover.begin(self._weights[layer], self._layers[layer].moves)
+            except TransferError as error:
+                self._fail(f"layer {layer}: {error}")
+                return
             self._moving.append((layer, mover))
 
     def _work(self, idle: bool) -> None:
@@ -219,7 +228,10 @@ class _Run:
             # Ranks that exchange bytes must begin in the same step, so there a clock decides nothing.
             if not idle and (transfers or time.perf_counter() - begun > PREPARE_SECONDS):
                 return
-        if self._moving:
+        self._is_prepared = True
+        if transfers and not self._all_prepared:
+            return  # one that could not begin must be able to say so before others wait for its bytes
+        if transfers:
             self._transfer(idle)
         if self._state == State.UNDER_WAY:
             if len(self._arrived) == len(self._moving):
@@ -241,6 +253,9 @@ class _Run:
                 if self._state == State.UNDER_WAY:
                     self._fail(f"layer {layer}: {error}")
         now = time.perf_counter()
+        self._bytes_left -= max_bytes
+        if self._bytes_left <= 0:
+            self._deadline = min(self._deadline, now + ROUND_SECONDS)
         if rate is not None:
             self._max_bytes = 0  # what was due is spent; the next agreement sees what has come due since
             self._pace.spent(now)

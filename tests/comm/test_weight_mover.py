@@ -17,7 +17,7 @@ from moeserve.comm.group import Group
 from moeserve.comm.layout import ParallelLayout
 from moeserve.comm.mesh import Mesh
 from moeserve.comm.spawn import RankPool
-from moeserve.comm.weight_mover import WrongChecksum
+from moeserve.comm.weight_mover import TransferError, WrongChecksum
 from moeserve.comm.weight_mover.checksum import Checksum
 from moeserve.comm.weight_mover.exchange import ExchangeMover
 
@@ -217,6 +217,24 @@ def test_nothing_is_committed_before_its_end() -> None:
     assert not mover.advance(64)
     with pytest.raises(AssertionError, match="a commit before the end"):
         mover.commit()
+
+
+def test_without_memory_for_staging_nothing_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    mover = ExchangeMover(Mesh(ParallelLayout(), 0).ep, SLOTS)
+    tensors = [tensor.clone() for tensor in weights(1, 3)]
+    with monkeypatch.context() as patch:
+
+        def empty(*size: int, **kind: object) -> Tensor:
+            if size[0]:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return torch.zeros(0, dtype=torch.uint8)
+
+        patch.setattr(torch, "empty", empty)
+        with pytest.raises(TransferError, match="no memory for 480 bytes of staging"):
+            mover.begin(tensors, [(0, 1), (2, 3)])
+    mover.abandon()
+    mover.begin(tensors, [(0, 1)])
+    assert mover.advance(1000)
 
 
 class Threads(Group):

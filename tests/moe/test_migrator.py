@@ -329,23 +329,25 @@ def test_a_refused_order_changes_nothing_and_says_why() -> None:
 
 
 class Faulty:
-    """A mover that cannot move into some layers, known by their tensors."""
+    """A mover that cannot move into some layers, known by their tensors; why: late, broken or no memory."""
 
-    def __init__(self, mover: WeightMover, is_bad: Callable[[Tensor], bool], late: bool) -> None:
-        self.mover, self.is_bad, self.late, self.bad = mover, is_bad, late, False
+    def __init__(self, mover: WeightMover, is_bad: Callable[[Tensor], bool], why: str) -> None:
+        self.mover, self.is_bad, self.why, self.bad = mover, is_bad, why, False
         self.advances = 0
 
     def begin(self, tensors: Sequence[Tensor], moves: Sequence[tuple[int, int]]) -> None:
         self.bad = self.is_bad(tensors[0])
+        if self.bad and self.why == "no memory":
+            raise TransferError(self.why)
         self.mover.begin(tensors, moves)
 
     def advance(self, max_bytes: int) -> bool:
         self.advances += 1
         if not self.bad:
             return self.mover.advance(max_bytes)
-        if self.late:
+        if self.why == "late":
             return False
-        raise TransferError("it broke")
+        raise TransferError(self.why)
 
     def commit(self) -> None:
         assert not self.bad
@@ -356,10 +358,10 @@ class Faulty:
 
 
 @pytest.mark.parametrize("busy", [True, False])
-@pytest.mark.parametrize("late", [True, False])
+@pytest.mark.parametrize("why", ["late", "broken", "no memory"])
 @pytest.mark.parametrize("width", [1, 2])
 def test_a_layer_that_fails_stays_and_a_new_order_does_the_rest(
-    width: int, late: bool, busy: bool, monkeypatch: pytest.MonkeyPatch
+    width: int, why: str, busy: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(migrator_module, "ROUND_SECONDS", 0.0)
     bad_layers = {1}
@@ -368,10 +370,10 @@ def test_a_layer_that_fails_stays_and_a_new_order_does_the_rest(
     def is_bad(tensor: Tensor) -> bool:
         return any(tensor is weights[layer][0] for layer in bad_layers)
 
-    migrator, expert_map, weights = start(lambda: Faulty(ExchangeMover(mesh.ep, 6), is_bad, late))
+    migrator, expert_map, weights = start(lambda: Faulty(ExchangeMover(mesh.ep, 6), is_bad, why))
     result = outcome(run(migrator, msgspec.structs.replace(GOOD, layers_per_step=width), busy))
     assert (result.result, result.layers_done, result.generation) == ("partial", 2, 4)
-    assert ("not complete after" if late else "layer 1: it broke") in result.reason
+    assert ("not complete after" if why == "late" else f"layer 1: {why}") in result.reason
     check_contents(expert_map, weights)
     between = placement_after(OLD, [0, 2], NEW)
     assert expert_map.placement == between and result.digest == between.digest
@@ -387,7 +389,7 @@ def test_a_rank_that_failed_goes_on_sending_until_all_know(monkeypatch: pytest.M
     mesh, movers = Mesh(ParallelLayout(), 0), []
 
     def make_mover() -> Faulty:
-        movers.append(Faulty(ExchangeMover(mesh.ep, 6), lambda tensor: True, late=False))
+        movers.append(Faulty(ExchangeMover(mesh.ep, 6), lambda tensor: True, "broken"))
         return movers[-1]
 
     order = msgspec.structs.replace(order_to(NEW), layers=order_to(NEW).layers[1:2])
@@ -395,7 +397,7 @@ def test_a_rank_that_failed_goes_on_sending_until_all_know(monkeypatch: pytest.M
     order = msgspec.structs.replace(order, generation=5, digest=new.digest)
     migrator, _, _ = start(make_mover)
     assert outcome(run(migrator, order, busy=True)).result == "failed"
-    assert movers[0].advances == 8 - 3, "once a step, but for those that agree or get ready"
+    assert movers[0].advances == 8 - 1, "in each step until the ranks agree again"
 
 
 def test_a_busy_step_moves_no_more_than_it_may() -> None:
