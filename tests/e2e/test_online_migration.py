@@ -25,6 +25,7 @@ from torch import Tensor
 
 from moeserve.comm.group import Group
 from moeserve.comm.spawn import RankPool
+from moeserve.comm.weight_mover import TransferError
 from moeserve.comm.weight_mover.exchange import ExchangeMover
 from moeserve.config import EMBEDDED_MODEL, EngineConfig, parse
 from moeserve.engine.rank import Rank
@@ -93,6 +94,7 @@ class Script:
     layers_per_step: int = 4
     bytes_per_second: float | None = 1e9
     spoil: tuple[int, int] | None = None  # (order, rank): the first bytes that this rank gets in this order
+    no_memory: bool = False  # instead of the wrong byte
     stop: tuple[int, int] | None = None  # (order, rank): this rank is stopped for a second once it has begun
     agree_every: int = 2  # more often than in service, for more orders in a short run
     most_steps: int = 4000
@@ -238,7 +240,14 @@ class Orders:
             assert migrator._run is not None
             for mover in migrator._run._movers:
                 assert isinstance(mover, ExchangeMover)
-                mover._group = Spoiled(mover._group)
+                if self.script.no_memory:
+                    mover.begin = no_memory  # type: ignore[method-assign]
+                else:
+                    mover._group = Spoiled(mover._group)
+
+
+def no_memory(*args: object) -> None:
+    raise TransferError("no memory")
 
 
 class Spoiled(Group):
@@ -454,6 +463,15 @@ def test_a_spoiled_transfer_is_never_served(rank_pool: GetPool, layout: str) -> 
     assert answers[1].layers_done == 3
     assert "the bytes that arrived have another checksum" in outcomes[2].answers[1].reason
     assert re.fullmatch(r"layers \[\d\]: failed on ranks \[2\]", answers[1].reason)
+
+
+@pytest.mark.slow
+def test_a_rank_without_memory_holds_up_nobody(rank_pool: GetPool) -> None:
+    plan = engine_plan(EMBEDDED_MODEL, 40, **LAYOUTS["dp"])
+    outcomes = check_same_tokens(rank_pool(4), plan, layers_per_step=1, spoil=(2, 2), no_memory=True)
+    answers = applied(outcomes)
+    assert [answer.result for answer in answers[:3]] == ["applied", "partial", "applied"]
+    assert "layer" in outcomes[2].answers[1].reason and "no memory" in outcomes[2].answers[1].reason
 
 
 @pytest.mark.slow
