@@ -254,8 +254,8 @@ def race(rank: int, nbytes: int, seconds: float) -> tuple[int, int]:
 @on_x86
 @pytest.mark.multi_rank
 def test_processes_that_write_at_will(rank_pool: GetPool) -> None:
-    pulled, restarts = rank_pool(2).run(race, 64 << 10, 1.0)[0]
-    assert pulled > 5 and restarts > 5
+    pulled, restarts = rank_pool(2).run(race, 64 << 10, 0.6)[0]
+    assert pulled > 3 and restarts > 3
 
 
 def serve_and_move(rank: int, size: int, steps: int) -> int:
@@ -327,7 +327,7 @@ def die(rank: int, while_writing: bool) -> None:
 
 @on_x86
 @pytest.mark.multi_rank
-@pytest.mark.parametrize("while_writing", [False, True])
+@pytest.mark.parametrize("while_writing", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_source_that_was_killed(while_writing: bool) -> None:
     with RankPool(2) as pool, pytest.raises(RankError) as failure:
         pool.run(die, while_writing)

@@ -82,11 +82,11 @@ def test_every_change_is_tried() -> None:
 
 
 def test_under_pull_one_mail_word_or_pairwise_waits_would_do_but_not_both() -> None:
-    sizes = [(2, 4, 2), (3, 3, 1), (3, 3, 2)]
-    check(True, range(4), sizes, "one mail")
-    check(True, range(4), sizes, "wait for used")
+    sizes = [(2, 4, 2), (3, 3, 1)]
+    check(True, range(3), sizes, "one mail")
+    check(True, range(3), sizes, "wait for used")
     with pytest.raises(Violation, match="waits for mail of epoch"):
-        check(True, range(4), sizes, "one mail", "wait for used")
+        check(True, range(3), sizes, "one mail", "wait for used")
 
 
 def test_a_violation_tells_how_it_came_about() -> None:
@@ -122,6 +122,7 @@ def test_without_spare_cells_a_late_rank_overwrites_results() -> None:
     search(Model(2, steps, zombies=frozenset([1]), counts_void=True, spare=True))
 
 
+@pytest.mark.slow
 def test_spare_cells_are_used_up_by_ranks_late_in_different_steps() -> None:
     """Rank 1 is late in step 1 and rank 2 in step 2: either may still write into one half, and both are in use."""
     steps = (usual([[1], [-1], [-1]]), usual([[2], [-1], [-1]]), usual([[0], [-1], [-1]]))

@@ -216,6 +216,39 @@ def test_memory_outlives_its_owner() -> None:
     assert "also failed: rank 0" in str(failure.value)  # it only raises when all was as it should be
 
 
+kept: list[SymmHeap] = []  # by a rank, until it is killed
+
+
+def keep_heap(rank: int) -> list[str]:
+    """Files, as /proc knows them, behind a heap that is in use."""
+    heap = SymmHeap.create("shm", rank, 2, 1 << 20, Mesh(ParallelLayout(dp=2), rank).ep)
+    heap.block(0).fill_(1)
+    kept.append(heap)
+    return sorted(line.split()[4] for line in mappings(os.getpid()))
+
+
+def mappings(pid: int) -> list[str]:
+    """Lines of a process's memory map that are of heaps; [4] is the file's number."""
+    try:
+        return [
+            line for line in Path(f"/proc/{pid}/maps").read_text().splitlines() if "moeserve-heap" in line
+        ]
+    except OSError:  # it is gone
+        return []
+
+
+@on_x86
+@pytest.mark.multi_rank
+def test_ranks_that_are_killed_leave_nothing() -> None:
+    with RankPool(2) as pool:
+        files = pool.run(keep_heap)
+        assert files[0] == files[1] and len(files[0]) == 2
+    # the pool killed them: nobody maps those files any more, so the kernel has freed them
+    everyone = [int(name) for name in os.listdir("/proc") if name.isdigit()]
+    still = {line.split()[4] for pid in everyone for line in mappings(pid)}
+    assert still.isdisjoint(files[0])
+
+
 TINY_DEV_SHM = """
 import os, sys
 import torch
