@@ -111,7 +111,11 @@ class HeapMover:
         for source, target in moves:
             if target // each == me:
                 targets.setdefault(source, []).append(target)
-        staging = torch.empty(len(targets), self._slots.stride, dtype=torch.uint8, device=self._heap.device)
+        size = len(targets), self._slots.stride
+        try:
+            staging = torch.empty(size, dtype=torch.uint8, device=self._heap.device)
+        except RuntimeError as error:
+            raise TransferError(f"no memory for {size[0] * size[1]} bytes of staging") from error
         self._pulls = [
             _Pull(source // each, source % each, tuple(to), row)
             for (source, to), row in zip(targets.items(), staging.unbind(), strict=True)

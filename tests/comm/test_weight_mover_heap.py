@@ -19,7 +19,7 @@ from moeserve.comm.layout import ParallelLayout
 from moeserve.comm.mesh import Mesh
 from moeserve.comm.spawn import RankError, RankPool
 from moeserve.comm.symm import SymmHeap, local_heaps
-from moeserve.comm.weight_mover import WrongChecksum
+from moeserve.comm.weight_mover import TransferError, WrongChecksum
 from moeserve.comm.weight_mover import heap as heap_module
 from moeserve.comm.weight_mover.heap import HeapMover, SlotMemory, SourceLost, heap_bytes, writing
 
@@ -206,6 +206,26 @@ def test_who_is_ahead_waits_for_the_set_before() -> None:
     world.movers[1].begin(world.tensors[1], [(SLOTS, 3)])
     world.finish()
     assert same(world.slot(3), expected)
+
+
+def test_no_memory_for_staging(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All ranks abandon the set then, and begin the next together."""
+
+    def full(*arguments: object, **options: object) -> Tensor:
+        raise RuntimeError("can't allocate memory")
+
+    world = World(2)
+    expected = world.slot(SLOTS)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", full)
+        with pytest.raises(TransferError, match=f"no memory for {STRIDE} bytes of staging"):
+            world.movers[0].begin(world.tensors[0], [(SLOTS, 1)])
+    world.movers[1].begin(world.tensors[1], [(SLOTS, 1)])
+    for mover in world.movers:
+        mover.abandon()
+    world.begin([(SLOTS, 1)])
+    world.finish()
+    assert same(world.slot(1), expected)
 
 
 def test_memory_that_is_too_small() -> None:
