@@ -235,11 +235,7 @@ def plan_all_to_all(config: EngineConfig, spec: ModelSpec, layout: ParallelLayou
                 "would exchange tokens; leave it out"
             )
         return "local"
-    if wanted == "one_sided" and device != "cpu":
-        raise ValueError(
-            f"moe_config.all_to_all = one_sided: serves on CPUs only, device is {device}; use exchange or gather"
-        )
-    if wanted == "auto":
+    if wanted == "auto":  # nobody has measured it between GPUs yet
         return "one_sided" if device == "cpu" else "exchange"
     return wanted
 
@@ -435,7 +431,7 @@ def describe_balancing(balancer: LoadBalancerConfig, redundant: int) -> str:
 
 def _all_to_all(plan: EnginePlan) -> str:
     """The transport's name, and the shared memory that it takes of a rank."""
-    if plan.all_to_all != "one_sided" or plan.num_slots is None:
+    if plan.all_to_all != "one_sided" or plan.num_slots is None or plan.device != "cpu":
         return plan.all_to_all
     ranks = plan.layout.ep
     nbytes = EpLayout(window_config(ranks, plan.num_slots // ranks, plan.dispatch_sizes())).nbytes

@@ -93,6 +93,7 @@ class Runner:
             topology.slots_per_rank,
             plan.dispatch_sizes(),
             fall_back=plan.config.moe_config.all_to_all == "auto",
+            device=self.device,
         )
 
     @property

@@ -69,6 +69,12 @@ class Received:
     slot_start: Tensor
     rows: Tensor
 
+    def in_order(self, top_k: int) -> Tensor:
+        """The rows [N, width] in the order in which results are given. Waits for the device, to know N."""
+        tokens = self.x.shape[1]
+        cells = self.rows[: int(self.slot_start[-1])].to(torch.int64) // top_k
+        return self.x[cells // tokens, cells % tokens]
+
 
 Launch = Callable[[Any, tuple[int, ...], dict[str, Any]], None]
 """(kernel, grid, its arguments by name)."""
@@ -123,6 +129,7 @@ class TritonEngine:
         self.tiles = default_tiles(layout, self.device) if tiles is None else tiles
         self._launch = launch_kernel if launch is None else launch
         self.block = heap.block(heap.rank)
+        self._heap = heap  # the kernels know the other ranks' blocks by their addresses alone
         if keep_spare and (config.max_tokens < 2 or config.combine == "pull"):
             raise ValueError(
                 f"max_tokens, combine = {config.max_tokens}, {config.combine!r}: half is kept spare of 2 or more, "

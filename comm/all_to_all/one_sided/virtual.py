@@ -55,11 +55,3 @@ def step(engines: Sequence[TritonEngine], inputs: Sequence[Inputs], experts: Exp
     for engine, given, y in zip(engines, inputs, results, strict=True):
         outs.append(engine.receive_back(y.new_empty(given.x.shape[0], y.shape[1])))
     return outs
-
-
-def rows_of(received: Received, top_k: int) -> Tensor:
-    """The rows [N, width] in the order in which results are given. Reads N on the host."""
-    count = int(received.slot_start[-1])
-    cells = received.rows[:count].to(torch.int64) // top_k
-    tokens = received.x.shape[1]
-    return received.x[cells // tokens, cells % tokens]

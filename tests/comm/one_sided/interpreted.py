@@ -319,12 +319,10 @@ class Steps:
 
     def check_received(self, rank: int, expect: Dispatched, slots: list[Tensor]) -> Tensor:
         """-> the results, on the host."""
-        from moeserve.comm.all_to_all.one_sided.virtual import rows_of
-
         config = self.config
         got = self.engines[rank].receive()
         assert torch.equal(got.slot_start.diff().cpu(), expect.tokens_per_slot.to(torch.int32))
-        rows = rows_of(got, config.top_k).cpu()
+        rows = got.in_order(config.top_k).cpu()
         assert same_bits(rows, expect.rows)
         sent = [expect_sent(chosen, rank, config.slots_per_rank) for chosen in slots]
         codes = [

@@ -66,10 +66,8 @@ class TritonRank:
         self._engine.send(x, slots, weights, scales)
 
     def receive(self) -> tuple[Tensor, Tensor]:
-        from moeserve.comm.all_to_all.one_sided.virtual import rows_of
-
         got = self._engine.receive()
-        return rows_of(got, CONFIG.top_k), got.slot_start.diff().to(torch.int64)
+        return got.in_order(CONFIG.top_k), got.slot_start.diff().to(torch.int64)
 
     def send_back(self, y: Tensor) -> None:
         self._engine.send_back(y)
