@@ -167,8 +167,8 @@ class CpuEngine:
         assert step is not None
         result = self._layout.config.result
         assert y.dtype == result.dtype and y.shape[1] == result.width, f"{y.dtype} {tuple(y.shape)}"
-        tell = self.alive if everyone else self.alive * (step.rows > 0)
-        self._loops.push(self.epoch, y.contiguous(), origin, low, high, self.alive, tell)
+        tell = self.alive if everyone else (step.rows > 0).to(torch.uint8)
+        self._loops.push(self.epoch, y.contiguous(), origin, low, high, tell)
 
     def finish(
         self,

@@ -156,11 +156,11 @@ int64_t ep_take(const int64_t *ep, const int64_t *rows, int64_t version, int64_t
 /* Copies those results of y [N] whose z cells lie in [low, high) into the blocks of their sources, at cell - low,
  * and tells every rank with tell[r] = 1 that they are there. origin: as ep_take gave it. */
 void ep_push(const int64_t *ep, int64_t epoch, int64_t n, const char *y, const int64_t *origin, int64_t low,
-             int64_t high, const uint8_t *alive, const uint8_t *tell) {
+             int64_t high, const uint8_t *tell) {
     const int64_t bytes = ep[RESULT_BYTES], ranks = ep[RANKS], me = ep[RANK];
     for (int64_t i = 0; i < n; i++) {
         const int64_t r = origin[2 * i], cell = origin[2 * i + 1];
-        if (!alive[r] || cell < low || cell >= high) continue;
+        if (cell < low || cell >= high) continue;
         memcpy(BLOCK_OF(r) + ep[Z] + (cell - low) * ep[Z_CELL], y + i * bytes, (size_t)bytes);
     }
     for (int64_t i = 1; i <= ranks; i++) {

@@ -77,9 +77,7 @@ class Loops(Protocol):
         """
         ...
 
-    def push(
-        self, epoch: int, y: Tensor, origin: Tensor, low: int, high: int, alive: Tensor, tell: Tensor
-    ) -> None:
+    def push(self, epoch: int, y: Tensor, origin: Tensor, low: int, high: int, tell: Tensor) -> None:
         """Results y [N, ...] of cells low <= cell < high into z cell - low of their sources; then `done` words."""
         ...
 
@@ -190,14 +188,12 @@ class PlainLoops:
             following[source] += found
         return others
 
-    def push(
-        self, epoch: int, y: Tensor, origin: Tensor, low: int, high: int, alive: Tensor, tell: Tensor
-    ) -> None:
+    def push(self, epoch: int, y: Tensor, origin: Tensor, low: int, high: int, tell: Tensor) -> None:
         source, cell = origin.unbind(1)
         wanted = (cell >= low) & (cell < high)
-        for rank in alive.nonzero()[:, 0].tolist():
+        for rank, z in enumerate(self._z):
             at = (wanted & (source == rank)).nonzero()[:, 0]
-            self._z[rank][cell[at] - low] = y[at]
+            z[cell[at] - low] = y[at]
         for rank in tell.nonzero()[:, 0].tolist():
             self._words["done"][rank][self._rank] = epoch
 

@@ -47,7 +47,7 @@ _SIGNATURES = {
     "ep_wait": (_POINTER, _LONG, _LONG, _LONG, _POINTER, _POINTER, _LONG, _LONG, _LONG),
     "ep_count": (_POINTER, _LONG, *[_POINTER] * 4),
     "ep_take": (_POINTER, _POINTER, _LONG, *[_POINTER] * 4),
-    "ep_push": (_POINTER, _LONG, _LONG, _POINTER, _POINTER, _LONG, _LONG, _POINTER, _POINTER),
+    "ep_push": (_POINTER, _LONG, _LONG, _POINTER, _POINTER, _LONG, _LONG, _POINTER),
     "ep_sum_float32": (_POINTER, _LONG, _LONG, *[_POINTER] * 3, _LONG, _POINTER),
     "ep_sum_bfloat16": (_POINTER, _LONG, _LONG, *[_POINTER] * 3, _LONG, _POINTER),
 }
@@ -139,19 +139,9 @@ class NativeLoops:
         )  # fmt: skip
         return others
 
-    def push(
-        self, epoch: int, y: Tensor, origin: Tensor, low: int, high: int, alive: Tensor, tell: Tensor
-    ) -> None:
+    def push(self, epoch: int, y: Tensor, origin: Tensor, low: int, high: int, tell: Tensor) -> None:
         self._call["ep_push"](
-            self._ep,
-            epoch,
-            y.shape[0],
-            y.data_ptr(),
-            origin.data_ptr(),
-            low,
-            high,
-            alive.data_ptr(),
-            tell.data_ptr(),
+            self._ep, epoch, y.shape[0], y.data_ptr(), origin.data_ptr(), low, high, tell.data_ptr()
         )
 
     def sum(self, first: int, slots: Tensor, weights: Tensor, alive: Tensor, out: Tensor) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import pytest
 import torch.distributed as dist
@@ -108,6 +109,24 @@ def test_a_late_vote_changes_nothing_and_its_rank_stops() -> None:
     assert late.called
     with pytest.raises(Evicted):
         late.reconcile()
+
+
+def test_a_decision_that_came_first_counts_for_all() -> None:
+    """Another rank, that knows of one vote more, is quicker by a moment."""
+
+    class Raced(dist.HashStore):
+        raced = False
+
+        def check(self, keys: list[str]) -> bool:
+            there: bool = super().check(keys)
+            if keys[0].endswith("decision") and not self.raced:
+                self.raced = True
+                self.set(keys[0], json.dumps(asdict(Decision((True, True, False), 50))))
+            return there
+
+    member = Membership(Engine(0, 7, {2: 7}), Raced(), 0, 3, patience=0.0)
+    assert member.reconcile() == Decision((True, True, False), 50)
+    assert member.members == [True, True, False]
 
 
 def test_a_call_reaches_who_saw_no_fault() -> None:
