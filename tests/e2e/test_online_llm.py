@@ -7,10 +7,12 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from moeserve.comm import spawn
 from moeserve.eplb.types import Placement
@@ -123,3 +125,21 @@ def test_closing_does_not_wait_for_an_order(llm: LLM) -> None:
     begun = time.monotonic()
     llm.close()
     assert time.monotonic() - begun < 5
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_texts_stay_while_placements_change_on_gpus() -> None:
+    check_two_ranks("cuda")
+
+
+def check_two_ranks(device: str) -> None:
+    balancer = {"num_slots": 40, "layer_updates_per_iter": 2}
+    two: dict[str, Any] = {"tensor_parallel_size": 2, "enable_attention_dp": True}
+    with LLM(**two, device=device, dtype="float32", moe_config={"load_balancer": balancer}) as llm:
+        texts = [answer.text for answer in llm.generate(PROMPTS, PARAMS)]
+        with ThreadPoolExecutor(1) as pool:
+            running = pool.submit(llm.generate, PROMPTS, PARAMS)
+            for seed in range(3):
+                apply(llm, random_placement(seed))
+            assert [answer.text for answer in running.result(60)] == texts

@@ -228,12 +228,12 @@ ONE_RANK = Topology(num_ranks=1, slots_per_rank=6)
 
 
 def start(
-    make_mover: Callable[[], WeightMover] | None = None,
+    make_mover: Callable[[], WeightMover] | None = None, device: str = "cpu"
 ) -> tuple[Migrator, ExpertMap, list[list[Tensor]]]:
     mesh = Mesh(ParallelLayout(), 0)
-    expert_map = ExpertMap(OLD, ONE_RANK, 0, "cpu")
+    expert_map = ExpertMap(OLD, ONE_RANK, 0, device)
     weights = [
-        [tensor[torch.tensor(OLD.slot_to_expert[layer]).long()] for tensor in tensors]
+        [tensor[torch.tensor(OLD.slot_to_expert[layer]).long()].to(device) for tensor in tensors]
         for layer, tensors in enumerate(WEIGHTS)
     ]
     return (
@@ -247,11 +247,12 @@ def check_contents(expert_map: ExpertMap, weights: list[list[Tensor]]) -> None:
     for layer, tensors in enumerate(weights):
         held = torch.tensor(expert_map.placement.slot_to_expert[layer]).long()
         for tensor, expected in zip(tensors, WEIGHTS[layer], strict=True):
-            assert torch.equal(tensor, expected[held])
-        expert_map.begin_step(torch.ones(60, dtype=torch.bool))
-        experts = torch.arange(4).expand(60, 4)
+            assert torch.equal(tensor.cpu(), expected[held])
+        device = tensors[0].device
+        expert_map.begin_step(torch.ones(60, dtype=torch.bool, device=device))
+        experts = torch.arange(4, device=device).expand(60, 4)
         slots = expert_map.look_up(layer, experts)
-        assert torch.equal(held[slots], experts)
+        assert torch.equal(held[slots.cpu()], experts.cpu())
 
 
 def run(migrator: Migrator, order: Migrate, busy: bool = False) -> list[FromRank]:
@@ -289,6 +290,15 @@ def test_applying_an_order_gives_the_plan(new: Placement, width: int, busy: bool
     assert sorted(layer for layers in switched for layer in layers) == [layer.layer for layer in order.layers]
     shares_alone = [layer.layer for layer in order.layers if not layer.moves]
     assert not shares_alone or switched[0] == shares_alone
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("busy", [False, True])
+def test_applying_an_order_on_a_gpu(busy: bool) -> None:
+    migrator, expert_map, weights = start(device="cuda")
+    assert outcome(run(migrator, GOOD, busy)).result == "applied"
+    check_contents(expert_map, weights)
 
 
 def test_nothing_begins_before_all_replicas_hold_the_order() -> None:
