@@ -44,7 +44,10 @@ class CudaDriver:
         return bool(self._call("cuDeviceGetAttribute", attribute, self._ordinal))
 
     def clique(self) -> Clique | None:
-        bus_id = self._call("cuDeviceGetPCIBusId", 32, self._ordinal)
+        try:
+            bus_id = self._call("cuDeviceGetPCIBusId", 32, self._ordinal)
+        except DriverError:
+            return None
         return nvml_clique(bytes(bus_id).rstrip(b"\0"))
 
     def granularity(self, fabric: bool) -> int:

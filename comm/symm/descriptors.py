@@ -13,7 +13,7 @@ import struct
 import time
 from collections.abc import Sequence
 
-from moeserve.comm.symm.heap import Control
+from moeserve.comm.symm.heap import Control, agree
 
 TIMEOUT_SECONDS = 30.0
 
@@ -22,18 +22,17 @@ def exchange_descriptors(control: Control, pids: Sequence[int], own: int) -> lis
     """Our descriptor `own` goes to every rank -> theirs, by rank, new ones that the caller closes; -1 in our place.
 
     pids: of the ranks, all on this host. Every rank calls it. What comes from another process than these is not
-    taken. Raises OSError when a rank cannot be reached or is silent for TIMEOUT_SECONDS.
+    taken. Raises HeapUnavailable, on all ranks, where one cannot listen; OSError when a rank cannot be reached or is
+    silent for TIMEOUT_SECONDS.
     """
     received = [-1] * control.size
-    secret = secrets.randbits(62)
+    secrets_of = [row[0] for row in control.all_gather_ints([secrets.randbits(62)])]
+    addresses = [_address(pid, secret) for pid, secret in zip(pids, secrets_of, strict=True)]
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
-        listener.bind(_address(pids[control.rank], secret))
-        listener.listen(control.size)
-        secrets_of = [row[0] for row in control.all_gather_ints([secret])]
+        agree(control, _listen(listener, addresses[control.rank], control.size))
         try:
             for step in range(1, control.size):
-                peer = (control.rank + step) % control.size
-                _send(_address(pids[peer], secrets_of[peer]), control.rank, own)
+                _send(addresses[(control.rank + step) % control.size], control.rank, own)
             end = time.monotonic() + TIMEOUT_SECONDS
             while received.count(-1) > 1:
                 listener.settimeout(max(1e-3, end - time.monotonic()))
@@ -46,6 +45,16 @@ def exchange_descriptors(control: Control, pids: Sequence[int], own: int) -> lis
                     os.close(descriptor)
             raise
     return received
+
+
+def _listen(listener: socket.socket, address: str, ranks: int) -> str:
+    """-> what stood in the way."""
+    try:
+        listener.bind(address)
+        listener.listen(ranks)
+    except OSError as error:
+        return f"cannot listen for files of other ranks: {error}"
+    return ""
 
 
 def _address(pid: int, secret: int) -> str:

@@ -18,10 +18,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from moeserve.comm import shared
 from moeserve.comm.symm.descriptors import exchange_descriptors
 from moeserve.comm.symm.heap import Blocks, Control, HeapUnavailable, agree
-from moeserve.comm.symm.lives import Lives
+from moeserve.comm.symm.lives import Lives, host_number
 
 HANDLE_BYTES = 64
 """Of a fabric handle."""
@@ -125,7 +124,8 @@ def choose_handles(driver: Driver, control: Control) -> tuple[bool, list[int]]:
     words = [-1] * 5
     if clique is not None:
         words = [clique.cluster >> shift & 0xFFFFFFFF for shift in range(0, 128, 32)] + [clique.number]
-    host = shared.host_identity()
+    host = host_number()
+    host = -1 - control.rank if host is None else host
     row = [host, os.getpid(), not why_no_fabric, not why_no_files, *words]
     table = control.all_gather_ints(row)
     one_host = all(other[0] == host for other in table)

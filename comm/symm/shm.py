@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moeserve.comm import shared
 from moeserve.comm.symm.heap import Blocks, Control, HeapUnavailable, agree
-from moeserve.comm.symm.lives import Lives
+from moeserve.comm.symm.lives import Lives, host_number
 
 SPARE_BYTES = 64 << 20
 """What must stay free beside the blocks."""
@@ -29,7 +29,8 @@ def allocate(nbytes: int, control: Control) -> Blocks:
     Raises HeapUnavailable, on all ranks, where they are not of one host, where it has too little memory, or where
     a rank may not open another's memory (processes of different users, a /proc that hides them).
     """
-    table = control.all_gather_ints([_host(), os.getpid()])
+    host = host_number() if shared.supported else None
+    table = control.all_gather_ints([-1 if host is None else host, os.getpid()])
     _check_hosts([row[0] for row in table])
     pids = [row[1] for row in table]
     agree(control, _shortage(nbytes * control.size, control.size))
@@ -103,14 +104,6 @@ def _memory_groups() -> list[tuple[Path, str, str]]:
             folder = root / path.lstrip("/")
             found += [(up, *names) for up in (folder, *folder.parents) if up == root or root in up.parents]
     return found
-
-
-def _host() -> int:
-    """This host's number; -1 where memory cannot be shared, or a sandbox hides which host it is."""
-    try:
-        return shared.host_identity() if shared.supported else -1
-    except OSError:
-        return -1
 
 
 def _check_hosts(hosts: list[int]) -> None:

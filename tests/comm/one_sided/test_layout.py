@@ -121,6 +121,16 @@ def test_a_row_written_through_its_fields_reads_back() -> None:
         assert bool((region.view(block).float() == i + 1).all())
 
 
+@pytest.mark.parametrize("cells", CELLS)
+def test_a_record_begins_with_one_word_of_8_bytes(cells: str) -> None:
+    """Kernels store token, cell and version at once."""
+    row = RowFormat(4, torch.bfloat16)
+    layout = EpLayout(EpConfig(2, 4, 3, 2, row, row, cells=cells))
+    fields = (layout.meta_token, layout.meta_cell, layout.meta_version)
+    assert [field.offset - layout.meta.offset for field in fields] == [0, 4, 6]
+    assert layout.meta.offset % 8 == layout.meta.strides[1] % 8 == 0
+
+
 def test_sizes_of_the_design() -> None:
     """DeepSeek-V3 at EP72: 7392 + 64 bytes a row; at T = 512 275 MB of rows, z 59 MB, y 528 MB a rank."""
     fp8 = RowFormat(7168, torch.float8_e4m3fn, 56)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import socket
 import struct
 import threading
 from collections.abc import Callable, Sequence
@@ -23,7 +24,7 @@ from moeserve.comm.group import Group
 from moeserve.comm.layout import ParallelLayout
 from moeserve.comm.mesh import Mesh
 from moeserve.comm.spawn import RankPool
-from moeserve.comm.symm import HeapUnavailable, SymmHeap
+from moeserve.comm.symm import HeapUnavailable, SymmHeap, descriptors
 from moeserve.comm.symm.cuda_driver import CudaDriver, _FabricInfo, nvml_clique
 from moeserve.comm.symm.fabric import Clique, DriverError, allocate, choose_handles, probe
 
@@ -234,6 +235,26 @@ def test_failures_on_one_rank_reach_all_and_leave_nothing() -> None:
         assert all(isinstance(result, HeapUnavailable) for result in results), (call, results)
         assert "CUDA_ERROR_NOT_PERMITTED" in str(results[1])
         assert [driver.left() for driver in drivers] == [(0, 0, 0)] * 2, call
+
+
+def test_a_rank_that_cannot_listen_stops_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    listen, calls = descriptors._listen, []
+
+    def fail_once(listener: socket.socket, address: str, ranks: int) -> str:
+        calls.append(address)
+        return "cannot listen" if len(calls) == 1 else listen(listener, address, ranks)
+
+    monkeypatch.setattr(descriptors, "_listen", fail_once)
+    drivers = [FakeDriver(), FakeDriver()]
+
+    def twice(control: Any) -> bool:
+        with pytest.raises(HeapUnavailable, match=r"cannot listen|rank \d has no memory to share"):
+            make_heap(drivers[control.rank], 100, control)
+        make_heap(drivers[control.rank], 100, control).close()  # all ranks are still in step
+        return True
+
+    assert Threads(2).run(twice) == [True, True]
+    assert [driver.left() for driver in drivers] == [(0, 0, 0)] * 2
 
 
 def test_granularities_that_differ() -> None:
