@@ -104,9 +104,13 @@ class Browser:
         return self._send("goog/cdp/execute", cmd=command, params=parameters)
 
     def complaints(self) -> list[str]:
-        """What the console has had of errors and warnings since the last call."""
+        """What the console has had of errors and warnings since the last call, and what the page says went wrong."""
         entries = self._send("se/log", type="browser")
-        return [entry["message"] for entry in entries if entry["level"] in ("SEVERE", "WARNING")]
+        told = [entry["message"] for entry in entries if entry["level"] in ("SEVERE", "WARNING")]
+        failure = self.run(
+            "const f = document.getElementById('failure'); return f && !f.hidden && f.textContent"
+        )
+        return [*told, *([failure] if failure else [])]
 
     def addresses(self) -> set[str]:
         """All that the page has asked for."""

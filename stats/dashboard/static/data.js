@@ -8,12 +8,15 @@ const recorded = carried && Recorded.open(carried.textContent);
 /** Whether nothing more will come, nor anything be fetched. */
 export const isFile = Boolean(carried);
 
-/** The figures of a panel. */
+/** The server does not answer. */
+export class NoContact extends Error {}
+
+/** The figures of a panel; NoContact where nobody answers, another Error with the server's words. */
 export async function ask(name, parameters = {}) {
   if (recorded) return (await recorded).answer(name, parameters);
   const query = new URLSearchParams(Object.entries(parameters).filter(([, value]) => value !== null));
-  const answer = await fetch(`api/${name}?${query}`);
-  const body = await answer.json();
+  const [answer, body] = await fetch(`api/${name}?${query}`).then(async (found) => [found, await found.json()])
+    .catch(() => { throw new NoContact(); });
   if (!answer.ok) throw new Error(body.error?.message ?? `${name}: ${answer.status}`);
   return body;
 }

@@ -2,7 +2,7 @@
 
 import { showChanges, showRebalances, showShares } from "./balancer.js";
 import { keys, lineChart, rankBars } from "./chart.js";
-import { ask, isFile, statsAddress } from "./data.js";
+import { NoContact, ask, isFile, statsAddress } from "./data.js";
 import { LoadMap } from "./map.js";
 import { at, choice, expertSentence, fillTable, select, showFacts, showLegend, showSlots, showVerdict } from "./views.js";
 import { ago, bytes, count, plural, times, tokens, whatIfSentence, windowName } from "./words.js";
@@ -41,7 +41,7 @@ function serial(work) {
         await work();
         at("failure").hidden = true;
       } catch (error) {
-        if (error instanceof TypeError) continue; // no contact: the dot says so
+        if (error instanceof NoContact) continue; // no contact: the dot says so
         at("failure").textContent = error.message;
         at("failure").hidden = false;
       }
@@ -93,7 +93,7 @@ const solve = serial(async () => {
     got.whatIf = await ask("what-if", { phase, policy, extra, layer, ep_size: epSize });
     got.whatIf.failure = null;
   } catch (error) {
-    if (error instanceof TypeError) throw error;
+    if (error instanceof NoContact) throw error;
     got.whatIf = { failure: error.message };
   } finally {
     at("what-if-text").classList.remove("busy");
