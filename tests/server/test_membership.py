@@ -40,6 +40,19 @@ def test_one_more_loss_on_the_way_makes_another_meeting() -> None:
     assert (members.number, members.ranks, members.lost) == (2, [1, 2], [3, 0])
 
 
+def test_a_lost_rank_is_not_waited_for_and_does_not_count() -> None:
+    members = Membership([0, 1, 2, 3])
+    members.leave(2)
+    members.leave(3)
+    members.lose(2)  # it had left, as another was lost before
+    members.lose(1)
+    assert not members.may_meet(), "rank 0 has not left"
+    members.leave(1)  # its last words, heard late
+    assert not members.may_meet()
+    members.leave(0)
+    assert members.may_meet() and members.ranks == [0, 3]
+
+
 def test_nobody_meets_without_a_loss() -> None:
     members = Membership([0, 1])
     members.leave(0)
