@@ -81,9 +81,15 @@ def test_more_rows_than_a_window_go_in_parts(rank_pool: GetPool, size: int, comp
     assert max(parts) >= 5 and min(parts) < max(parts)
 
 
-def make_on_other_hosts(rank: int, fall_back: bool) -> str:
+def make_without_memory(rank: int, why: str, fall_back: bool) -> str:
     group = Mesh(ParallelLayout(dp=2), rank).ep
-    with mock.patch("moeserve.comm.shared.host_identity", return_value=rank):
+    patches = {
+        "other hosts": mock.patch("moeserve.comm.shared.host_identity", return_value=rank),
+        "full": mock.patch(
+            "moeserve.comm.symm.shm.free_memory", return_value=(1 << 20, "this host has free")
+        ),
+    }
+    with patches[why]:
         try:
             return type(make_dispatcher("one_sided", group, 2, fall_back=fall_back)).__name__
         except ValueError as error:
@@ -91,11 +97,28 @@ def make_on_other_hosts(rank: int, fall_back: bool) -> str:
 
 
 @pytest.mark.multi_rank
-def test_ranks_of_other_hosts(rank_pool: GetPool) -> None:
-    for said in rank_pool(2).run(make_on_other_hosts, False):
-        assert said.startswith("all_to_all = one_sided: ranks 0 and 1 are on different hosts")
+@pytest.mark.parametrize(
+    ("why", "named"),
+    [("other hosts", "ranks 0 and 1 are on different hosts"), ("full", "this host has free 1.0 MiB")],
+)
+def test_where_memory_cannot_be_shared(rank_pool: GetPool, why: str, named: str) -> None:
+    for said in rank_pool(2).run(make_without_memory, why, False):
+        assert said.startswith("all_to_all = one_sided: ") and named in said
         assert said.endswith("use exchange or gather")
-    assert rank_pool(2).run(make_on_other_hosts, True) == [ExchangeDispatcher.__name__] * 2
+    assert rank_pool(2).run(make_without_memory, why, True) == [ExchangeDispatcher.__name__] * 2
+
+
+def make_without_compiler(rank: int) -> list[str]:
+    group = Mesh(ParallelLayout(dp=2), rank).ep
+    with mock.patch.dict(os.environ, MOESERVE_ONE_SIDED_NATIVE=str(rank)):  # rank 1 has one
+        made = [make_dispatcher("one_sided", group, 2, fall_back=fall_back) for fall_back in (False, True)]
+    return [type(dispatcher).__name__ for dispatcher in made]
+
+
+@pytest.mark.multi_rank
+def test_without_a_compiler_only_who_asks_gets_the_plain_loops(rank_pool: GetPool) -> None:
+    names = [OneSidedDispatcher.__name__, ExchangeDispatcher.__name__]
+    assert rank_pool(2).run(make_without_compiler) == [names] * 2
 
 
 def leave_or_wait(rank: int) -> float:
