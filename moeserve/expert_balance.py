@@ -204,7 +204,7 @@ class ExpertBalance:
             model=self.model,
             top_k=self.top_k,
             expert_groups=self.expert_groups,
-            ep_size=self.topology.num_ranks,
+            ep_size=placement.num_slots // self.topology.slots_per_rank,  # of then: ranks may be lost
             ranks_per_node=self.topology.ranks_per_node,
             placement=None if _is_identity(placement, self.topology.num_ranks) else placement,
         )
