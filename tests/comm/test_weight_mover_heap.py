@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import time
@@ -21,6 +22,7 @@ from moeserve.comm.spawn import RankError, RankPool
 from moeserve.comm.symm import SymmHeap, local_heaps
 from moeserve.comm.weight_mover import TransferError, WrongChecksum
 from moeserve.comm.weight_mover import heap as heap_module
+from moeserve.comm.weight_mover.checksum import Checksum
 from moeserve.comm.weight_mover.heap import HeapMover, SlotMemory, SourceLost, heap_bytes, writing
 
 GetPool = Callable[[int], RankPool]
@@ -353,3 +355,78 @@ def test_a_source_that_was_killed(while_writing: bool) -> None:
         pool.run(die, while_writing)
     assert "rank 1 died of SIGKILL" in str(failure.value)
     assert "also failed: rank 0" in str(failure.value)  # it only raises when all was as it should be
+
+
+class Watched:
+    """The words of a slot, each look at which runs `before` first."""
+
+    def __init__(self, words: Tensor, before: Callable[[], None]) -> None:
+        self._words, self._before = words, before
+
+    def __getitem__(self, number: int) -> Tensor:
+        self._before()
+        return self._words[number]
+
+
+def try_order(gaps: Sequence[int]) -> tuple[int, bool]:
+    """Rank 0 reads a slot while rank 1 writes it, as commit does, in single stores; gaps[i] of these come before the
+    i-th thing that rank 0 looks at -> (how often it started over, whether it has the new expert)."""
+    world = World(2)
+    slots = heap_module._Slots(world.heaps[1], world.tensors[1])
+    old, new = world.slot(SLOTS), [tensor.clone() for tensor in world.slot(2 * SLOTS - 1)]
+    words = slots.words(1)[0]
+    parts = [(kept[0], value) for kept, value in zip(world.tensors[1], new, strict=True)]
+    world.begin([(SLOTS, 1)])
+    world.movers[1].advance(1 << 20)
+    checksum = Checksum(torch.device("cpu"))
+    stream = torch.zeros(STRIDE, dtype=torch.uint8)
+    slots.read(1, SLOTS - 1, 0, stream)
+    checksum.add(stream)
+
+    def store(number: int, value: int) -> Callable[[], object]:
+        return lambda: words[number].fill_(value)
+
+    stores: list[Callable[[], object]] = [store(heap_module.GENERATION, 1)]
+    stores += [lambda: [kept.copy_(value) for kept, value in parts[:1]]]
+    stores += [lambda: [kept.copy_(value) for kept, value in parts[1:]]]
+    stores += [store(heap_module.SUM, int(checksum.value)), store(heap_module.SUMMED, 3)]
+    stores += [store(heap_module.GENERATION, 2)]
+    left, looks = list(stores), iter(gaps)
+
+    def before() -> None:
+        for _ in range(min(next(looks, 0), len(left))):
+            left.pop(0)()
+
+    plain_words, plain_read = heap_module._Slots.words, heap_module._Slots.read
+
+    def watched_words(self: heap_module._Slots, rank: int) -> object:
+        of_slots = plain_words(self, rank)
+        return [Watched(row, before) for row in of_slots] if rank == 1 else of_slots
+
+    def read(self: heap_module._Slots, rank: int, slot: int, first: int, out: Tensor) -> None:
+        before()
+        plain_read(self, rank, slot, first, out[:88])
+        before()
+        plain_read(self, rank, slot, first + 88, out[88:])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(heap_module._Slots, "words", watched_words)
+        patch.setattr(heap_module._Slots, "read", read)
+        world.movers[0].advance(1 << 20)
+        while left:
+            left.pop(0)()
+        assert world.movers[0].advance(1 << 20) or world.movers[0].advance(1 << 20)
+    world.movers[0].commit()
+    got = world.slot(1)
+    assert same(got, old) or same(got, new), f"parts of two experts: {gaps}"
+    return world.movers[0].restarts, same(got, new)
+
+
+def test_every_order_of_a_write_and_a_read() -> None:
+    """Six stores between the six looks of one read: never parts of two experts, nor a checksum that seems wrong."""
+    looks, count = 6, 6
+    seen = set()
+    for bars in itertools.combinations(range(looks + count), looks):
+        edges = [-1, *bars]
+        seen.add(try_order([b - a - 1 for a, b in itertools.pairwise(edges)]))
+    assert seen == {(0, False), (0, True), (1, True)}
