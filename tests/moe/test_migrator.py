@@ -314,6 +314,16 @@ def test_nothing_begins_before_all_replicas_hold_the_order() -> None:
     assert expert_map.placement == NEW
 
 
+def test_a_later_order_replaces_one_that_has_not_begun() -> None:
+    migrator, expert_map, _ = start()
+    migrator.offer(GOOD)
+    assert migrator.step([1, 0], idle=True) == []
+    other = placement_after(OLD, [1], NEW).with_generation(5)
+    (result,) = [m for m in run(migrator, order_to(other, OLD, 2)) if isinstance(m, Migrated)]
+    assert (result.order, result.result) == (2, "applied")
+    assert expert_map.placement == other
+
+
 def test_an_order_that_comes_meanwhile_waits() -> None:
     migrator, expert_map, weights = start()
     migrator.offer(GOOD)
