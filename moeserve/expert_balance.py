@@ -17,7 +17,7 @@ import numpy as np
 from moeserve.eplb.formats.placement import PlacementFile, format_placement
 from moeserve.eplb.load import ExpertLoad, Window
 from moeserve.eplb.loss import without_rank
-from moeserve.eplb.metrics import FORMULA, balance, imbalance, rank_load
+from moeserve.eplb.metrics import FORMULA, imbalance, rank_load
 from moeserve.eplb.types import Floats, Placement, Topology
 from moeserve.messages import ExpertCounts
 from moeserve.stats.snapshot import PHASES, Counts, LoadRing, LoadWindow, Phase
@@ -79,6 +79,10 @@ class ExpertBalance:
         self.rank_names = list(range(topology.num_ranks))  # numbers that those of the topology started with
         self.lost: list[int] = []  # numbers that ranks had that are no more
         self._rank_tokens: Floats = np.zeros((len(PHASES), topology.num_ranks))
+        self._each: dict[
+            LoadWindow, Floats
+        ] = {}  # imbalance [2, L] of windows under the placement _each_under
+        self._each_under: Placement | None = None
         self._next_line: float | None = None
 
     def follow(self, placement: Placement) -> None:
@@ -238,6 +242,7 @@ class ExpertBalance:
 
     def status(self) -> dict[str, Any]:
         """The answer of /eplb/status. predicted is null where nobody has promised anything of the placement."""
+        kept = self.kept()
         return {
             "generation": self.placement.generation,
             "digest": self.placement.digest,
@@ -246,12 +251,14 @@ class ExpertBalance:
             "num_slots": self.placement.num_slots,
             "ep_size": self.topology.num_ranks,
             "survives_rank_loss": self.placement.survives_rank_loss(self.topology),
-            "imbalance": {phase: self._figures(phase, found) for phase, found in self.imbalance().items()},
+            "imbalance": {
+                phase: self._figures(phase, found, kept) for phase, found in self.imbalance().items()
+            },
             "migration": None if self.online is None else self.online.progress(),
             "rebalances": [] if self.online is None else self.online.history(),
         }
 
-    def _figures(self, phase: Phase, found: Imbalance) -> dict[str, Any]:
+    def _figures(self, phase: Phase, found: Imbalance, kept: dict[Phase, dict[str, Any]]) -> dict[str, Any]:
         predicted = self.predicted.get(phase)
         measured = None
         if found.measured_mean is not None and found.measured_worst is not None:
@@ -263,15 +270,29 @@ class ExpertBalance:
             "predicted": None if predicted is None else round(predicted, 6),
             "measured": measured,
             "window_steps": found.steps,
-            "kept": self._kept(phase),
+            "kept": kept.get(phase),
         }
 
-    def _kept(self, phase: Phase) -> dict[str, Any]:
-        """Over all windows of stats.json, each by itself: what eplb-offline report says of that file."""
-        at = PHASES.index(phase)
-        loads = np.stack([window.load[at] for window in self.ring.windows if window.tokens[at]])
-        found = balance(loads, self.placement, self.topology)
-        return {"mean": round(found.mean, 6), "worst": round(found.worst, 6), "windows": len(loads)}
+    def kept(self) -> dict[Phase, dict[str, Any]]:
+        """Over all windows of stats.json, each by itself: what eplb-offline report says of that file. Windows that
+        are full are worked out once; may run in another thread."""
+        windows, placement, topology = self.ring.windows, self.placement, self.topology
+        former = self._each if self._each_under is placement else {}
+        each = {
+            window: former[window]
+            if window in former
+            else imbalance(rank_load(window.load, placement, topology))  # [2, L]
+            for window in windows
+        }
+        self._each, self._each_under = each, placement
+        found: dict[Phase, dict[str, Any]] = {}
+        for at, phase in enumerate(PHASES):
+            ratios = [each[window][at] for window in windows if window.tokens[at]]
+            if ratios:
+                by_layer = np.stack(ratios).mean(axis=0)
+                figures = {"mean": round(float(by_layer.mean()), 6), "worst": round(float(by_layer.max()), 6)}
+                found[phase] = {**figures, "windows": len(ratios)}
+        return found
 
     def _tell(self, now: float) -> None:
         """A line in the log every RECENT_SECONDS while there is traffic."""

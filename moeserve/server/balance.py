@@ -94,7 +94,9 @@ def _add_reading(app: FastAPI, known: Callable[[], ExpertBalance]) -> None:
     @app.get("/eplb/status", responses=NO_EXPERTS)
     async def balance_status() -> Response:
         """Imbalance (max / mean rank load, over the MoE layers), state of the balancer and what it has done."""
-        return _json(msgspec.json.encode(known().status()))
+        found = known()
+        await asyncio.to_thread(found.kept)  # tens of milliseconds for a large model after a new placement
+        return _json(msgspec.json.encode(found.status()))
 
 
 def _add_orders(app: FastAPI, known: Callable[[], ExpertBalance], check_serving: Callable[[], None]) -> None:
