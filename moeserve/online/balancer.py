@@ -32,7 +32,9 @@ log = logging.getLogger(__name__)
 
 State = Literal["idle", "solving", "migrating", "paused", "dead"]
 
-SILENCE_SECONDS = 30.0  # without a word from the ranks until a migration counts as failed
+SILENCE_SECONDS = (
+    60.0  # beyond what the bytes of a layer take, until a migration without a word counts as failed
+)
 RESUMES = 2  # times that what is left of an order is tried again
 MOST_WAITED = 64  # windows between decisions after failure upon failure
 STALL_PART, BYTES_PER_SECOND = 0.2, 1e9  # of a transfer, until one was measured
@@ -281,16 +283,25 @@ class OnlineBalancer:
 
     def _watch(self) -> None:
         order = self._order
-        if order is not None and not order.lost and self._clock() - order.heard > SILENCE_SECONDS:
+        if order is not None and not order.lost and self._clock() - order.heard > self._patience(order):
             order.lost = True
             missing = sorted(set(range(self.settings.num_ranks)) - set(order.answers))
             ranks = f"ranks {missing}" if order.answers else "the ranks"
-            self._finish(order.record, "failed", f"no sign of life from {ranks} for {SILENCE_SECONDS:g} s")
+            silence = f"no sign of life from {ranks} for {self._clock() - order.heard:.0f} s"
+            self._finish(order.record, "failed", silence)
         if bool(self.trouble) != self._told_dead:
             self._told_dead = not self._told_dead
             if self._told_dead:
                 generation = self.balance.placement.generation
                 log.error("the balancer is dead: %s; placement generation %d stays", self.trouble, generation)
+
+    def _patience(self, order: Order) -> float:
+        """Seconds that the ranks may be silent: as long as the layers that are under way together take at the ordered
+        rate, if all their moves were of one rank, and then some."""
+        if self.settings.bytes_per_second is None:
+            return SILENCE_SECONDS
+        most = max((len(pairs) for _, pairs in order.moves), default=0) * self.settings.layers_per_step
+        return SILENCE_SECONDS + most * self.balance.expert_bytes / self.settings.bytes_per_second
 
     # ------------------------------------------------------------------ windows
 
@@ -465,6 +476,8 @@ class OnlineBalancer:
         if bad is not None:
             if order.left and order.resumes < RESUMES:
                 self._left = order
+            if order.switched:
+                self.balance.predicted = {}  # nobody has promised anything of the mixture
             done = f"{len(order.switched)} of {len(order.moves)} layers done"
             self._finish(order.record, "failed", f"{done}, then rank {bad.rank}: {bad.reason}")
         elif order.then is not None and order.record.result is None:

@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -206,7 +207,7 @@ def test_silent_ranks_are_told_and_taken_back_when_they_speak() -> None:
     engine.now += SILENCE_SECONDS + 1
     engine.run()
     assert engine.online.state == "dead" and "no sign of life in migration 1" in engine.online.trouble
-    assert "no sign of life from the ranks for 30 s" in engine.balance.status()["rebalances"][0]["reason"]
+    assert "no sign of life from the ranks for 61 s" in engine.balance.status()["rebalances"][0]["reason"]
     settle(engine, windows=4)
     assert len(engine.ranks.orders) == 1  # never two orders at a time
     engine.online.pause()
@@ -217,6 +218,23 @@ def test_silent_ranks_are_told_and_taken_back_when_they_speak() -> None:
         engine.online.handle(answer)
     assert engine.online.state == "paused" and engine.balance.placement == engine.ranks.placement
     assert "later applied" in engine.balance.status()["rebalances"][0]["reason"]
+
+
+def test_a_slow_rate_is_no_silence() -> None:
+    engine = Engine(routing="even")
+    engine.online.settings = replace(
+        engine.online.settings, bytes_per_second=EXPERT_BYTES / 50
+    )  # 50 s a move
+    engine.ranks.silent = True
+    engine.online.apply(engine.online.plan(solve(skewed(0), TOPOLOGY)))
+    engine.run()
+    most = max(len(layer.moves) for layer in engine.ranks.orders[0].layers)
+    engine.now += most * 2 * 50 + SILENCE_SECONDS - 1
+    engine.run()
+    assert engine.online.state == "migrating"
+    engine.now += 2
+    engine.run()
+    assert engine.online.state == "dead"
 
 
 def test_a_single_silent_rank_is_named() -> None:
