@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from moeserve.comm import shared
 from moeserve.comm.symm.heap import Blocks, Control, HeapUnavailable, agree
 from moeserve.comm.symm.lives import Lives, host_number
 
+MEMORY_FILE = Path("/proc/meminfo")
 SPARE_BYTES = 64 << 20
 """What must stay free beside the blocks."""
 
@@ -71,11 +73,15 @@ def _open_all(
 
 def free_memory() -> tuple[int, str]:
     """Bytes that this process may still use, and what limits them: the host, or the container's memory limit."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    sizes = {name: int(rest.split()[0]) * 1024 for name, rest in (line.split(":") for line in lines)}
-    best = sizes["MemAvailable"], "this host has free"
+    best = sys.maxsize, "this host has free"
+    with contextlib.suppress(
+        OSError, LookupError, ValueError
+    ):  # a sandbox that does not say: no limit is known
+        rows = (line.split() for line in MEMORY_FILE.read_text().splitlines())
+        sizes = {row[0]: int(row[1]) * 1024 for row in rows}
+        best = sizes["MemAvailable:"], best[1]
     for folder, limit_file, used_file in _memory_groups():
-        with contextlib.suppress(OSError, ValueError, KeyError):  # "max": no limit
+        with contextlib.suppress(OSError, LookupError, ValueError):  # "max": no limit
             limit = int((folder / limit_file).read_text())
             used = int((folder / used_file).read_text())
             rows = (line.split() for line in (folder / "memory.stat").read_text().splitlines())
