@@ -222,9 +222,8 @@ def test_silent_ranks_are_told_and_taken_back_when_they_speak() -> None:
 
 def test_a_slow_rate_is_no_silence() -> None:
     engine = Engine(routing="even")
-    engine.online.settings = replace(
-        engine.online.settings, bytes_per_second=EXPERT_BYTES / 50
-    )  # 50 s a move
+    engine.online.settings = replace(engine.online.settings, bytes_per_second=1000.0)
+    engine.balance.expert_bytes = 50_000  # 50 s a move
     engine.ranks.silent = True
     engine.online.apply(engine.online.plan(solve(skewed(0), TOPOLOGY)))
     engine.run()
