@@ -24,7 +24,8 @@ Two traps of this memory:
 
 - z cells have a different writer each step. A rank that was masked as late and wakes up may write a cell that
   is another's by then: under push, results are void from a fault until the late rank is known to be gone or z has
-  moved. x, y, mail and all else have one writer for ever: under pull a late rank harms nobody.
+  moved (an engine's keep_spare: to the other half of the cells, which a rank late in a later step uses up too).
+  x, y, mail and all else have one writer for ever: under pull a late rank harms nobody.
 - Cells exist once. That is enough for dispatch, combine, dispatch, combine; who has several dispatches in flight
   gives each a block of its own (`base`).
 """

@@ -8,9 +8,11 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import signal
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -23,8 +25,8 @@ from moeserve.comm import shared
 from moeserve.comm.group import Group
 from moeserve.comm.layout import ParallelLayout
 from moeserve.comm.mesh import Mesh
-from moeserve.comm.spawn import RankPool
-from moeserve.comm.symm import HeapUnavailable, SymmHeap, descriptors
+from moeserve.comm.spawn import RankError, RankPool
+from moeserve.comm.symm import HeapUnavailable, SymmHeap, descriptors, local_heaps
 from moeserve.comm.symm.cuda_driver import CudaDriver, _FabricInfo, nvml_clique
 from moeserve.comm.symm.fabric import Clique, DriverError, allocate, choose_handles, probe
 
@@ -394,3 +396,39 @@ def use_gpu_heap(rank: int, size: int, backend: str) -> None:
 @pytest.mark.parametrize("backend", ["torch", "fabric"])
 def test_processes_on_one_gpu(rank_pool: GetPool, backend: str) -> None:
     rank_pool(2).run(use_gpu_heap, 2, backend)
+
+
+def read_after_death(rank: int) -> None:
+    """Rank 1 is killed while rank 0 has its GPU memory mapped, and goes on reading and writing it."""
+    group = Mesh(ParallelLayout(dp=2), rank).ep
+    heap = SymmHeap.create("fabric", rank, 2, 1 << 20, group, torch.device("cuda", 0))
+    heap.view(1, 8 * rank, (1,), torch.int64).fill_(rank + 5)
+    torch.cuda.synchronize()
+    group.barrier()
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    while heap.is_alive(1):
+        time.sleep(0.01)
+    block = heap.view(1, 0, (4,), torch.int64)
+    block[3] = 9
+    if block.tolist() == [5, 6, 0, 9]:
+        raise RuntimeError("as expected")
+
+
+@pytest.mark.gpu
+@pytest.mark.multi_rank
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_gpu_memory_outlives_its_owner() -> None:
+    with RankPool(2) as pool, pytest.raises(RankError) as failure:
+        pool.run(read_after_death)
+    assert "died of SIGKILL" in str(failure.value) and "also failed: rank 0" in str(failure.value)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_virtual_ranks_on_one_gpu() -> None:
+    heaps = local_heaps(3, 1000, "cuda")
+    assert heaps[0].addresses.is_cuda and not bool(heaps[0].block(2).any())
+    heaps[0].view(2, 8, (2,), torch.int64).fill_(7)
+    assert heaps[1].view(2, 8, (2,), torch.int64).tolist() == [7, 7]
+    assert heaps[1].addresses[2] == heaps[0].block(2).data_ptr()
