@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -72,9 +72,9 @@ class _Pull:
     slot: int
     targets: tuple[int, ...]
     staged: Tensor
+    checksum: Checksum
     generation: int = -1
     position: int = 0
-    checksum: Checksum = field(default_factory=lambda: Checksum(torch.device("cpu")))
     is_good: bool = False
     written_since: float | None = None
 
@@ -87,7 +87,8 @@ class HeapMover:
     """A WeightMover over weights from SlotMemory. Staging holds each expert that this rank receives once.
 
     A source's checksum costs its rank one pass over the expert, at most max_bytes an advance, once until the slot
-    is next written. timeout: seconds that a slot may be under write before that is an error.
+    is next written. A source that does not begin or advance is waited for; whoever drives says how long. timeout:
+    seconds that a slot may be under write before that is an error. restarts: reads begun anew, so far.
     """
 
     def __init__(self, heap: SymmHeap, slots_per_rank: int, timeout: float = 30.0) -> None:
@@ -117,11 +118,9 @@ class HeapMover:
         except RuntimeError as error:
             raise TransferError(f"no memory for {size[0] * size[1]} bytes of staging") from error
         self._pulls = [
-            _Pull(source // each, source % each, tuple(to), row)
+            _Pull(source // each, source % each, tuple(to), row, Checksum(row.device))
             for (source, to), row in zip(targets.items(), staging.unbind(), strict=True)
         ]
-        for pull in self._pulls:
-            pull.restart()
         self._outgoing = sorted({source % each for source, _ in moves if source // each == me})
         pairs = {(source // each, target // each) for source, target in moves}
         busy = {rank: sum(rank in pair for pair in pairs) for pair in pairs for rank in pair}
