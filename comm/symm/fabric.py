@@ -103,7 +103,10 @@ def allocate(nbytes: int, control: Control, make_driver: Callable[[], Driver]) -
     except BaseException:
         memory.close()
         raise
-    lives = Lives(pids) if pids else None
+    try:
+        lives = Lives(pids) if pids else None
+    except OSError:  # a sandbox that forbids it: nobody can tell then
+        lives = None
     if lives is None:
         return Blocks(memory.blocks, close=memory.close)
 
@@ -144,8 +147,10 @@ def choose_handles(driver: Driver, control: Control) -> tuple[bool, list[int]]:
         why = f"rank {lacking[0]} has no fabric handles"
         if why_no_fabric:
             why += f" ({why_no_fabric})"
+    elif outside := [rank for rank, other in enumerate(table) if other[4] < 0]:
+        why = f"the GPU of rank {outside[0]} is in no NVLink clique: is the fabric manager done with it?"
     else:
-        cliques = sorted({tuple(other[4:]) for other in table})
+        cliques = {tuple(other[4:]) for other in table}
         why = f"the ranks' GPUs are in {len(cliques)} NVLink cliques: only those of one reach one another"
     raise HeapUnavailable(f"GPU memory cannot be shared by all ranks: {why}")
 
