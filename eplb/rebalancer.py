@@ -123,14 +123,15 @@ class Rebalancer:
 
     def observe(self, load: npt.ArrayLike, forget: bool = False) -> None:
         """A window's routed counts [L, E]; one without any load is passed over. forget: the windows before it no
-        longer count, as they are of other work; so it is where the traffic is seen to have shifted."""
+        longer count, as they are of other work; so it is where the traffic is seen to have shifted and routing can
+        follow it. An even split does better with a placement for all that was lately seen."""
         counts = check_counts(load, "load")
         shape = (self.placement.num_layers, self.placement.num_experts)
         if counts.shape != shape:
             raise ValueError(f"the window has shape {counts.shape}, expected [layers, experts] = {shape}")
         if not counts.any():
             return
-        shifted = self._shifts.see(counts, self.windows)
+        shifted = self._shifts.see(counts, self.windows) and self.settings.routing != "even"
         if forget or shifted:
             self.windows.clear()
             self._wanted = 1 if shifted else self.settings.min_windows

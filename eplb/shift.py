@@ -11,16 +11,18 @@ import numpy.typing as npt
 Loads = npt.NDArray[np.int64]
 
 _LEAST = 0.05  # part of the load that must have gone to other experts
-_TIMES = 4.0  # of the distance that windows of the same traffic have lately had
+_TIMES = 3.0  # of the distance that neighbouring windows have lately had
+_LATELY = 4  # windows that a new one is held against: slow drift is none of its distance
 _GUESS = 1.5  # times as far apart as multinomial counts are windows of real traffic, until they were seen
 
 
 class Shifts:
     """Tells window after window whether it is of other traffic than those before it.
 
-    Distance of a window from the mean of those before: the part of its tokens that goes to other experts, half the
+    Distance of a window from the mean of the last few: the part of its tokens that goes to other experts, half the
     sum of the differences of their parts of the load, mean over layers. Multinomial counts of the same traffic
-    have some distance too; how many times as far windows of this traffic scatter is learned as they come.
+    have some distance too; how many times as far neighbours of this traffic are apart is learned as they come, also
+    across shifts, so that traffic which changes with every window soon counts as one.
     """
 
     def __init__(self) -> None:
@@ -33,14 +35,14 @@ class Shifts:
         self._age += 1
         if not before:
             return False
-        mean = np.sum(before, axis=0)
-        distance, expected = _distance(window, mean), _expected(window, mean)
-        if distance > max(_LEAST, _TIMES * float(np.median(self._scatter)) * expected):
-            self._lasted.append(self._age)
-            self._age = 0
-            return True
-        self._scatter.append(distance / max(expected, 1e-9))
-        return False
+        mean = np.sum([*before][-_LATELY:], axis=0)
+        usual = float(np.median(self._scatter)) * _expected(window, mean)
+        self._scatter.append(_distance(window, before[-1]) / max(_expected(window, before[-1]), 1e-9))
+        if _distance(window, mean) <= max(_LEAST, _TIMES * usual):
+            return False
+        self._lasted.append(self._age)
+        self._age = 0
+        return True
 
     @property
     def typical(self) -> float | None:

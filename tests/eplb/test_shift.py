@@ -59,6 +59,29 @@ def test_slow_drift_and_alternation_are_no_shifts() -> None:
     assert see_all(mixed, [(3 * x + y) // 4 for x, y in zip(a, b, strict=True)]) == []
 
 
+def test_traffic_that_changes_with_every_window_soon_counts_as_one() -> None:
+    mixed = [windows(1, 20_000, domain)[0] for domain in range(60)]
+    shifts = Shifts()
+    assert len(see_all(shifts, mixed)) <= 12
+    quiet = windows(20, 20_000, 100)
+    assert see_all(shifts, quiet)[1:] == []
+    assert see_all(shifts, windows(4, 20_000, 101)[:1] + quiet) == [
+        1
+    ]  # neighbours are near again: shifts show
+
+
+def test_windows_before_a_shift_are_forgotten_where_routing_can_follow() -> None:
+    for routing, left in (("even", 8), ("shares", 3), ("step", 3)):
+        rebalancer = Rebalancer(
+            Placement.identity(LAYERS, EXPERTS, 40),
+            Topology.of(4, 40),
+            Settings(routing=routing),  # type: ignore[arg-type]
+        )
+        for window in [*windows(5, 20_000, 0), *windows(3, 20_000, 1)]:
+            rebalancer.observe(window)
+        assert len(rebalancer.windows) == left
+
+
 @pytest.mark.parametrize(("routing", "most"), [("shares", 1.06), ("step", 1.03)])
 def test_the_second_window_after_a_shift_is_balanced_again(routing: Routing, most: float) -> None:
     topology = Topology.of(4, 40)
