@@ -32,7 +32,7 @@ class ExpertRecorder:
             ) from None
         self._balance = balance
         self._settled = balance.placement
-        self._queue: queue.Queue[tuple[Placement, LoadWindow] | None] = queue.Queue(MAX_WAITING)
+        self._queue: queue.Queue[tuple[Placement, int, LoadWindow] | None] = queue.Queue(MAX_WAITING)
         self._left_out = 0
         self._thread = threading.Thread(target=self._write, name="expert-recorder", daemon=True)
         self._thread.start()
@@ -42,7 +42,7 @@ class ExpertRecorder:
         if not any(report.tokens) or not self._thread.is_alive():
             return
         try:
-            self._queue.put_nowait((self._placement(), report))
+            self._queue.put_nowait((self._placement(), rank, report))
         except queue.Full:
             self._left_out += 1
             if self._left_out.bit_count() == 1:  # the 1st, 2nd, 4th, ...
@@ -84,8 +84,9 @@ class ExpertRecorder:
                 continue
             if item is None:
                 return
-            if placement is None or placement.digest != item[0].digest:
-                placement = item[0]
+            under, rank, report = item
+            if placement is None or placement.digest != under.digest:
+                placement = under
                 # a file has one placement
-                self._writer.begin(stats_document(self._balance.load_of([item[1]], placement)))
-            self._writer.add(item[1])
+                self._writer.begin(stats_document(self._balance.load_of([report], placement)))
+            self._writer.add(rank, report)

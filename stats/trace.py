@@ -50,6 +50,7 @@ class TraceWriter:
         self._path = folder
         self._written = 0
         self._open: LoadWindow | None = None
+        self._seen: set[int] = set()  # ranks that have reported since the last one that had done so before
         folder.mkdir(parents=True, exist_ok=True)
         for left in sorted(folder.glob(f"{PREFIX}*{GROWING}")):
             _finish(left)
@@ -60,17 +61,24 @@ class TraceWriter:
         self._end_file()
         self._head = dict(head)
 
-    def add(self, report: LoadWindow) -> None:
-        """A part of a window; begin must have been called."""
-        if self._open is not None and report.end - self._open.end > PAUSE_SECONDS:
+    def add(self, rank: int, report: LoadWindow) -> None:
+        """What one rank has counted; begin must have been called. A window ends where a rank reports again, so that
+        all ranks have as many reports in it."""
+        whole = rank in self._seen
+        if whole:
+            self._seen.clear()
+        if self._open is not None and (
+            (whole and self._open.end - self._open.start >= self._window_seconds)
+            or report.end - self._open.end > PAUSE_SECONDS
+        ):
             self.flush()
+        self._seen.add(rank)
         self._open = report if self._open is None else self._open + report
-        if self._open.end - self._open.start >= self._window_seconds:
-            self.flush()
 
     def flush(self) -> None:
         """Ends the open window and puts it on the disk."""
         window, self._open = self._open, None
+        self._seen.clear()
         if window is None:
             return
         if self._file is None:

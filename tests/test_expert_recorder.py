@@ -80,7 +80,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 
 def test_a_full_disk_ends_the_record_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     class Full(TraceWriter):
-        def add(self, report: object) -> None:
+        def add(self, rank: int, report: object) -> None:
             raise OSError(28, "No space left on device")
 
     counted = balance()
@@ -97,9 +97,9 @@ def test_a_slow_disk_costs_reports_not_memory(tmp_path: Path, caplog: pytest.Log
     going = threading.Event()
 
     class Slow(TraceWriter):
-        def add(self, report: LoadWindow) -> None:
+        def add(self, rank: int, report: LoadWindow) -> None:
             assert going.wait(10)
-            super().add(report)
+            super().add(rank, report)
 
     counted = balance()
     recorder = ExpertRecorder(counted, tmp_path, Slow(tmp_path))
