@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 from all_to_all_model import beside_published, bounds, bytes_a_token
-from bench_serving import note, record_of
 from torch import Tensor
 from tqdm import tqdm
 
@@ -37,8 +36,6 @@ from moeserve.comm.layout import ParallelLayout
 from moeserve.comm.mesh import Mesh
 from moeserve.comm.spawn import RankPool
 from moeserve.comm.symm import SymmHeap
-from moeserve.llm import LLM
-from moeserve.messages import SamplingParams
 
 ROW = RowFormat(512, torch.float32)
 KIB = (64, 1024)
@@ -86,6 +83,8 @@ def main() -> None:
         show("fit beside TensorRT-LLM's published GB200 NVL72 figures (tech blog 18)", tables["fit"])
         print("\nNone of these bounds and fits was measured here: no NVLink between GPUs was at hand.")
     if flags.json:
+        from bench_serving import record_of  # here, as in run_engine
+
         Path(flags.json).write_text(json.dumps(record_of(tables, None), indent=1))
 
 
@@ -246,7 +245,7 @@ def measure_engine(replicas: int, turns: int) -> list[Row]:
     found: dict[str, list[Row]] = {name: [] for name in NAMES}
     for turn in range(turns):
         for name, figures in found.items():
-            note(f"engine, turn {turn + 1} of {turns}: {name}")
+            print(f"engine, turn {turn + 1} of {turns}: {name}", file=sys.stderr, flush=True)
             figures.append(run_engine(name, replicas))
     table = []
     for name, figures in found.items():
@@ -258,6 +257,9 @@ def measure_engine(replicas: int, turns: int) -> list[Row]:
 
 
 def run_engine(name: str, replicas: int) -> Row:
+    from moeserve.llm import LLM  # here: ranks of the other parts import this file, and have no use for it
+    from moeserve.messages import SamplingParams
+
     luck = random.Random(0)
     short = [[luck.randrange(10, 4000) for _ in range(16)] for _ in range(4 * replicas)]
     long = [[luck.randrange(10, 4000) for _ in range(900)] for _ in range(2 * replicas)]
