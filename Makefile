@@ -1,4 +1,4 @@
-# Two commands: `make serve` (the embedded model on four expert-parallel ranks) and `make test` (all that needs
+# Two commands: `make serve` (the embedded model on four expert-parallel ranks, its experts balanced online) and `make test` (all that needs
 # no GPU). Each makes the virtual environment it needs once; a second run starts in seconds.
 
 PYTHON ?= python3
@@ -14,7 +14,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: serve test lint clean
 
 serve: $(VENV)/.serve
-	$(BIN)/moeserve serve --tensor-parallel-size 4 --moe-expert-parallel-size 4 --enable-attention-dp $(ARGS)
+	$(BIN)/moeserve serve --tensor-parallel-size 4 --moe-expert-parallel-size 4 --enable-attention-dp \
+	  --moe-config.load-balancer.num-slots 40 --moe-config.load-balancer.layer-updates-per-iter 2 $(ARGS)
 
 test: $(VENV)/.dev
 	$(BIN)/pytest $(ARGS)
