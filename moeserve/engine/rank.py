@@ -63,6 +63,7 @@ class Rank:
         self.leaving = False
         self.steps = self.replica_tokens = self.busiest_tokens = 0
         self.refused: list[SequenceOutput] = []
+        self.held: list[ToRank] = []  # heard where nothing could be done about them, for the next step
         self.last_sent = 0.0
         self.migrator = runner.new_migrator()
         self.survival = Survival(plan, runner.mesh.world.size, COLLECTIVE_TIMEOUT_SECONDS)
@@ -77,7 +78,9 @@ class Rank:
 
     def step(self) -> bool:
         """One step of the engine; False when it was the last."""
-        for message in self.lockstep.receive(timeout=HEARTBEAT_SECONDS if self.agreed.may_sleep else 0.0):
+        messages, self.held = self.held, []
+        may_sleep = self.agreed.may_sleep and not messages
+        for message in messages + self.lockstep.receive(timeout=HEARTBEAT_SECONDS if may_sleep else 0.0):
             self.apply(message)
         batch = self.next_batch()
         while True:

@@ -16,7 +16,7 @@ from moeserve.comm.wire import RankLost
 from moeserve.engine.lockstep import Agreed, ReplicaState
 from moeserve.eplb.loss import without_rank
 from moeserve.eplb.types import Placement, Topology
-from moeserve.messages import RankLeft, Rejoin, Rejoined, decode_to_rank
+from moeserve.messages import Migrate, RankLeft, Rejoin, Rejoined, decode_to_rank
 from moeserve.moe.migration import fingerprint
 
 if TYPE_CHECKING:
@@ -40,9 +40,8 @@ class Survival:
         self.wanted = plan.config.moe_config.load_balancer.on_rank_loss == "shrink"
         self.membership = 0
         self._backend, self._timeout = plan.backend, timeout
-        self._ranks = list(
-            range(num_ranks)
-        )  # whose slots the placement has, by the numbers they started with
+        # whose slots the placement has, by the numbers they started with
+        self._ranks = list(range(num_ranks))
         self._num_lost = 0  # losses that the placement has seen
 
     def go_on(self, rank: Rank, loss: RankLost) -> None:
@@ -84,7 +83,8 @@ class Survival:
         )
 
     def _await_order(self, rank: Rank, loss: RankLost) -> Rejoin:
-        """The front-end's word; what else it says meanwhile is heard too."""
+        """The front-end's word. What else it says waits for the end of the step: an abort would take away the pages of
+        what is run again. Orders to move experts were meant for the old group."""
         deadline = time.monotonic() + ANSWER_SECONDS
         while time.monotonic() < deadline:
             newest: Rejoin | None = None
@@ -92,8 +92,8 @@ class Survival:
                 message = decode_to_rank(data)
                 if isinstance(message, Rejoin):
                     newest = message
-                else:
-                    rank.apply(message)
+                elif not isinstance(message, Migrate):
+                    rank.held.append(message)
             if newest is not None and newest.membership > self.membership:
                 return newest
         raise loss
