@@ -97,7 +97,7 @@ def test_the_second_window_after_a_shift_is_balanced_again(routing: Routing, mos
                 moves.append(decision.moves)
                 rebalancer.applied(decision.plan.new)
             if turn:
-                assert decision.before < most
+                assert decision.before < most and "observed" not in decision.reason
     assert sum(moves) < 4 * LAYERS * 20  # a fresh placement each window would write 40 x LAYERS x 40
 
 

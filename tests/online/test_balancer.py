@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 
 from moeserve.eplb import solve
-from moeserve.eplb.rebalancer import Settings
+from moeserve.eplb.migration import plan_migration
+from moeserve.eplb.rebalancer import Decision, Settings
 from moeserve.eplb.service import Answer, RebalanceService
 from moeserve.eplb.types import Placement
+from moeserve.messages import LayersSwitched
 from moeserve.online.balancer import RESUMES, SILENCE_SECONDS, Busy, OnlineBalancer
-from tests.online.fakes import EXPERT_BYTES, EXPERTS, LAYERS, RANKS, SLOTS, STEPS, TOPOLOGY, Engine, skewed
+from tests.online.fakes import EXPERT_BYTES, EXPERTS, LAYERS, SLOTS, STEPS, TOPOLOGY, Engine, skewed
 
 
 def settle(engine: Engine, hot: int = 0, windows: int = 12) -> None:
@@ -78,19 +80,29 @@ def test_steady_traffic_is_left_alone_and_alternating_traffic_causes_no_back_and
     assert engine.moves() - both <= LAYERS
 
 
+def decided(engine: Engine, target: Placement, routes: Placement | None) -> None:
+    """The solver's next answer, whatever it thinks itself, and what comes of it."""
+    plan, first = (
+        None if to is None else plan_migration(engine.balance.placement, to, TOPOLOGY)
+        for to in (target, routes)
+    )
+    engine.solver.instead = [Answer(Decision(plan, "so", 1.5, 1.1, routes=first), 0.0)]
+    engine.window(skewed(0))
+
+
 def test_routes_come_before_weights() -> None:
-    """Replicas of the hot experts help at once when they are given their part; only then weights travel."""
-    row = [*(0, 1, 2, 3, 4), *(5, 6, 7, 0, 1), *(8, 9, 10, 2, 3), *range(11, 16)]
-    engine = Engine(Placement(np.tile(row, (LAYERS, 1)), EXPERTS))
-    for seed in range(2):
-        engine.window(skewed(0, seed=seed))
+    """Replicas help at once when they are given their part; only then weights travel."""
+    engine = Engine()
+    start, wanted = engine.balance.placement, solve(skewed(0), TOPOLOGY)
+    share = start.share.copy()
+    share[:, [0, 16]] = [0.25, 0.75]  # expert 0 stands in both
+    routes = Placement(start.slot_to_expert, EXPERTS, share=share)
+    decided(engine, wanted, routes)
     first, second = engine.ranks.orders[:2]
-    assert first.layers and not any(layer.moves for layer in first.layers)
-    assert any(layer.moves for layer in second.layers)
-    assert second.old_digest == first.digest
-    applied = [r for r in engine.balance.status()["rebalances"] if r["result"] == "applied"]
-    (record,) = (r for r in applied if r["generation"] == 2)
-    assert record["moves"] == sum(len(layer.moves) for layer in second.layers)
+    assert not any(layer.moves for layer in first.layers) and any(layer.moves for layer in second.layers)
+    assert first.digest == routes.digest == second.old_digest and second.digest == wanted.digest
+    assert engine.online.ledger.results["periodic", "applied"] == 1
+    assert engine.balance.status()["rebalances"][-1]["generation"] == 2
 
 
 def test_the_same_windows_are_asked_again_until_nothing_is_left_to_gain() -> None:
@@ -104,13 +116,15 @@ def test_the_same_windows_are_asked_again_until_nothing_is_left_to_gain() -> Non
 
 def test_the_worst_layers_move_first() -> None:
     engine = Engine()
-    load = skewed(0, seed=1)
-    load[1] = load[1].mean().astype(int) // RANKS * RANKS  # balanced
-    load[2] = np.where(np.arange(EXPERTS) < 4, 800, 64)
-    for _ in range(2):
-        engine.window(load)
-    order = engine.ranks.orders[-1]
-    assert [layer.layer for layer in order.layers if layer.moves][0] == 2
+    load = skewed(0)
+    load[0] = 400  # no matter where its experts stand
+    load[2] = np.where(np.arange(EXPERTS) < 4, 2000, 40)
+    engine.solver.instead = [Answer(Decision(None, "first", 1.5, 1.5), 0.0)]
+    engine.window(load)
+    plan = plan_migration(engine.balance.placement, solve(load, TOPOLOGY, routing="even"), TOPOLOGY)
+    engine.solver.instead = [Answer(Decision(plan, "so", 1.5, 1.1), 0.0)]
+    engine.window(load)
+    assert [layer.layer for layer in engine.ranks.orders[0].layers][:2] == [2, 1]
 
 
 def test_every_reason_to_skip_is_said(caplog: pytest.LogCaptureFixture) -> None:
@@ -213,6 +227,8 @@ def test_silent_ranks_are_told_and_taken_back_when_they_speak() -> None:
     engine.online.pause()
 
     order = engine.ranks.orders[0]
+    engine.online.handle(LayersSwitched(0, order.order, []))
+    assert engine.online.state == "migrating" and not engine.online.trouble
     engine.ranks.silent, engine.ranks.placement = False, Placement.identity(LAYERS, EXPERTS, SLOTS)
     for answer in engine.ranks.carry_out(order):
         engine.online.handle(answer)
