@@ -304,7 +304,7 @@ def test_the_page_in_a_file_says_the_same(browser: Browser, recorded: Recorded, 
     browser.complaints()
     for width, dark in ((1280, True), (400, False)):
         browser.show(width, 900, dark)
-        assert browser.run("return document.documentElement.scrollWidth") == width
+        browser.wait(f"document.documentElement.scrollWidth === {width}")
 
 
 @pytest.mark.slow
@@ -359,6 +359,7 @@ def test_a_running_server(browser: Browser, start_server: Callable[..., Any]) ->
     assert not browser.complaints()
 
 
+@pytest.mark.slow
 def test_the_report_of_eplb_offline_is_the_page(browser: Browser, large: Path, tmp_path: Path) -> None:
     """From the placement that stands to a solved one: bytes by rank, and what would change in a layer."""
     placement, page = tmp_path / "placement.json", tmp_path / "page.html"
@@ -376,6 +377,7 @@ def test_the_report_of_eplb_offline_is_the_page(browser: Browser, large: Path, t
     assert not browser.complaints()
 
 
+@pytest.mark.slow
 def test_what_the_balancer_did(browser: Browser, start_server: Callable[..., Any], tmp_path: Path) -> None:
     """Rebalances of a running server: a line in time, a row in the table, bytes, ghosts of before, shares."""
     engine = Engine(windows=4, min_gain=0.02)
@@ -421,8 +423,7 @@ def test_what_the_balancer_did(browser: Browser, start_server: Callable[..., Any
     browser.run("document.querySelectorAll('details').forEach((details) => { details.open = true; })")
     for width in (1280, 800, 400):
         browser.show(width, 900)
-        time.sleep(0.2)
-        assert browser.run("return document.documentElement.scrollWidth") == width
+        browser.wait(f"document.documentElement.scrollWidth === {width}")
     assert not browser.complaints()
 
 

@@ -80,9 +80,12 @@ export function showVerdict(verdict, summary) {
     [was === null ? "Imbalance" : "With today's placement", times(verdict.mean), `window by window, mean of ${plural(summary.layers.length, "layer")}, ${plural(verdict.windows, "window")}${tokens(verdict.tokens)}`],
     ["Worst layer", times(verdict.worst), `layer ${verdict.worst_layer}`],
   );
-  if (verdict.recent) numbers.push([summary.balancer && summary.balancer !== "off" ? "Newest window" : "Last 30 s, summed", times(verdict.recent.mean), `worst layer ${times(verdict.recent.worst)}; as in /eplb/status`]);
-  const given = verdict.recent?.measured_mean ?? null;
-  if (given !== null) numbers.push(["Measured", times(given), "the same seconds, of what the ranks were really given"]);
+  if (verdict.recent) {
+    const { mean, worst, measured_mean: given } = verdict.recent;
+    const name = summary.balancer && summary.balancer !== "off" ? "Newest window" : "Last 30 s, summed";
+    const measured = (given ?? null) === null ? "" : `, ${times(given)} of what the ranks were really given`;
+    numbers.push([name, times(mean), `worst layer ${times(worst)}${measured}; as in /eplb/status`]);
+  }
   numbers.push(["Waiting", percent(verdict.waiting), "of the ranks' expert time"]);
   verdict.proposals.forEach((proposal) => {
     const cost = proposal.moves === null ? "" : `; ${count(proposal.moves)} experts change their rank${proposal.bytes ? `, ${bytes(proposal.bytes)}` : ""}`;
