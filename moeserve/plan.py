@@ -401,6 +401,8 @@ def describe(plan: EnginePlan, memory_bytes: int | None = None) -> str:
             "placement": f"generation {plan.placement.generation}, digest {plan.placement.digest[:16]}",
             "balancing": describe_balancing(plan.config.moe_config.load_balancer, redundant),
         }
+    if config.moe_config.load_balancer.on_rank_loss == "shrink":
+        lines["rank loss"] = "the others go on while every expert lives"
     for part in ("embedding", "attention", "dense", "router", "experts", "shared", "norms", "weights"):
         lines[f"memory: {part}"] = f"{getattr(sizes, part) / GIB:10.4f} GiB a rank"
     lines["KV cache"] = f"{sizes.kv_bytes_per_token} bytes a token; " + _capacity(

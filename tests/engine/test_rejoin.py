@@ -14,6 +14,7 @@ from moeserve.engine import rejoin
 from moeserve.engine.rejoin import Survival
 from moeserve.eplb.types import Placement, Topology
 from moeserve.messages import AbortRequest, Migrate, Rejoin, ToRank, Wake, encode
+from moeserve.moe.migration import fingerprint
 from moeserve.plan import make_plan
 
 LOSS = RankLost("rank 2 has died")
@@ -61,6 +62,48 @@ def test_without_an_answer_the_loss_is_a_failure(monkeypatch: pytest.MonkeyPatch
 def test_nobody_who_was_not_asked_to_goes_on() -> None:
     with pytest.raises(RankLost, match="rank 2 has died"):
         survival("fail").go_on(cast(Any, None), LOSS)
+
+
+class Moving:
+    """A migrator with a round that all ranks had staged."""
+
+    def __init__(self, ready: Placement | None) -> None:
+        self.ready, self.switched, self.abandoned = ready, False, False
+
+    def ready_for(self) -> int:
+        return 0 if self.ready is None else fingerprint(self.ready)
+
+    def switch_now(self) -> None:
+        assert not self.abandoned
+        self.switched = True
+
+    def abandon(self) -> None:
+        self.abandoned = True
+
+
+@pytest.mark.parametrize("others_have", ["the old", "the new", "the new, this one too"])
+def test_a_round_that_others_have_switched_is_switched_and_what_else_moves_is_dropped(
+    others_have: str,
+) -> None:
+    old = Placement(np.array([[0, 1, 0, 1]]), 2, 3)
+    new = Placement(np.array([[1, 1, 0, 0]]), 2, 4)
+    mine = new if others_have.endswith("too") else old
+    theirs = old if others_have == "the old" else new
+    moving = Moving(None if mine is new else new)
+    told: list[tuple[int, ...]] = []
+
+    def gather(values: tuple[int, ...]) -> list[list[int]]:
+        told.append(values)
+        return [list(values), [9, 0, fingerprint(theirs), 0]]
+
+    world = SimpleNamespace(all_gather_ints=gather)
+    runner = SimpleNamespace(placement=mine, mesh=SimpleNamespace(world=world))
+    rank = SimpleNamespace(steps=8, runner=runner, migrator=moving)
+    assert survival()._reconcile(cast(Any, rank)) == 9, (
+        "the other has finished a step that this one runs again"
+    )
+    assert told == [(8, 0, fingerprint(mine), moving.ready_for())]
+    assert moving.switched == (others_have == "the new") and moving.abandoned
 
 
 def test_two_losses_leave_the_same_bits_whether_heard_of_together_or_not() -> None:
