@@ -28,7 +28,7 @@ import numpy.typing as npt
 
 from moeserve.eplb import plain
 from moeserve.eplb.plain import LANES, Options
-from moeserve.eplb.types import Floats, Ints
+from moeserve.eplb.types import Floats, Ints, count_replicas
 
 Singles = npt.NDArray[np.float32]
 
@@ -275,7 +275,7 @@ class Native:
         ranks = np.empty((layers, sets, num_ranks))
         slots, rank_of = np.ascontiguousarray(slots, np.int32), np.ascontiguousarray(rank_of, np.int32)
         _check(slots, layers, experts)
-        assert share.dtype == np.float64 and share.shape == (layers, sets, slots.shape[1])
+        assert share.flags.writeable and share.dtype == np.float64 and share.shape == (layers, sets, slots.shape[1])
         assert rank_of.shape == slots.shape[1:] and rank_of.min() >= 0
         self.library.eplb_fill(
             layers, sets, experts, num_ranks, slots.shape[1], _at(load), _at(slots), _at(rank_of),
@@ -292,10 +292,12 @@ def _at(array: npt.NDArray[Any]) -> ctypes.c_void_p:
 
 
 def _check(slots: Ints, layers: int, experts: int, *counts: Ints) -> None:
-    """What the kernels take on trust: they index by these."""
+    """What the kernels take on trust: they index by these. counts: of the replicas in slots."""
     assert slots.dtype == np.int32 and len(slots) == layers
     assert slots.min(initial=0) >= 0 and slots.max(initial=0) < experts
-    assert all(count.dtype == np.int32 and count.shape == (layers, experts) for count in counts)
+    for count in counts:
+        assert count.dtype == np.int32 and slots.flags.writeable and count.flags.writeable
+        assert (count == count_replicas(slots.reshape(layers, -1), experts)).all()
 
 
 def _library() -> ctypes.CDLL | None:

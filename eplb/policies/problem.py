@@ -144,5 +144,5 @@ def rank_major(slots: Ints) -> Ints:
 
 
 def slot_major(slots: Ints, ranks: int) -> Ints:
-    """[L, P] to [L, K, G] of the kernels."""
-    return np.ascontiguousarray(slots.reshape(len(slots), ranks, -1).transpose(0, 2, 1))
+    """[L, P] to [L, K, G] of the kernels, always a copy: they write into it."""
+    return np.array(slots.reshape(len(slots), ranks, -1).transpose(0, 2, 1), np.int32, order="C")

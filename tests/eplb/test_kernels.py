@@ -203,6 +203,14 @@ def test_ids_out_of_range_never_reach_the_kernels(compiled: Native) -> None:
     for wrong in ([0, 1, 2, 4], [0, 1, 2, -1]):
         with pytest.raises(AssertionError):
             compiled.fill(load, np.array([wrong], np.int32), rank_of, share, 1, 1.0)
+    slots, count = np.arange(4, dtype=np.int32).reshape(1, 1, 4), np.ones((1, 4), np.int32)
+    load32 = np.ones((1, 4, 1), np.float32)
+    compiled.follow(load32, count, slots, 1, 1, 1.0, 0.0)
+    with pytest.raises(AssertionError):  # counts of other slots
+        compiled.follow(load32, count[:, ::-1] * np.array([2, 0, 1, 1], np.int32), slots, 1, 1, 1.0, 0.0)
+    slots.setflags(write=False)
+    with pytest.raises(AssertionError):  # what is in force
+        compiled.follow(load32, count, slots, 1, 1, 1.0, 0.0)
     with pytest.raises(AssertionError):
         compiled.fill(load, np.arange(4, dtype=np.int32)[None], rank_of, share[:, :, :3].copy(), 1, 1.0)
 

@@ -254,3 +254,24 @@ def test_nothing_is_searched_where_min_gain_is_out_of_reach(
     monkeypatch.setattr(rebalancer, "_improve", None)
     decision = rebalancer.decide()
     assert decision.plan is None and "leaves less than 2.00% to gain" in decision.reason
+
+
+@pytest.mark.parametrize("routing", ["even", "shares", "step"])
+@pytest.mark.parametrize(
+    ("ranks", "per_rank", "experts"), [(11, 1, 6), (1, 7, 5), (6, 3, 9), (4, 5, 20), (5, 4, 3)]
+)
+def test_what_is_in_force_is_never_written_to(
+    routing: Routing, ranks: int, per_rank: int, experts: int
+) -> None:
+    """Placements are immutable; the kernels write into what they are given, and know no read-only arrays."""
+    rng = np.random.default_rng(0)
+    topology = Topology.of(ranks, ranks * per_rank)
+    current = Placement.identity(2, experts, topology.num_slots)
+    before = current.slot_to_expert.copy(), current.share.copy()
+    for load in (rng.poisson(9, (6, 2, experts)) * rng.integers(1, 60, (1, 1, experts)) for _ in range(4)):
+        rebalancer = Rebalancer(current, topology, Settings(routing=routing, max_moves_per_layer=6))
+        for window in load:
+            rebalancer.observe(window)
+        rebalancer.decide(force=True)
+        solve(load, topology, current=current, max_moves=5, routing=routing)
+        assert (current.slot_to_expert == before[0]).all() and (current.share == before[1]).all()
