@@ -165,12 +165,10 @@ class Recording(PlainLoops):
         self._note("read", rows)
         return super().count(epoch, rows)
 
-    def push(
-        self, epoch: int, y: Tensor, origin: Tensor, low: int, high: int, alive: Tensor, tell: Tensor
-    ) -> None:
+    def push(self, epoch: int, y: Tensor, origin: Tensor, low: int, high: int, tell: Tensor) -> None:
         self._note("result", torch.bincount(origin[:, 0], minlength=len(tell)))
         self._note("done", tell)
-        super().push(epoch, y, origin, low, high, alive, tell)
+        super().push(epoch, y, origin, low, high, tell)
 
     def sum(self, first: int, slots: Tensor, weights: Tensor, alive: Tensor, out: Tensor) -> None:
         self.calls.append(("sum", frozenset()))
