@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moeserve.comm.all_to_all.one_sided.layout import EpConfig, EpLayout
-from moeserve.comm.all_to_all.one_sided.triton_engine import ExpertTable, Received, TritonEngine
+from moeserve.comm.all_to_all.one_sided.triton_engine import ExpertTable, Received, Tiles, TritonEngine
 from moeserve.comm.symm import local_heaps
 
 Experts = Callable[[int, Received], Tensor]
@@ -37,11 +37,15 @@ def virtual_ranks(
     *,
     num_ids: int | None = None,
     keep_spare: bool = False,
+    tiles: Tiles | None = None,
 ) -> list[TritonEngine]:
     """Engines whose waits look once: all that they wait for must have been sent before."""
     layout = EpLayout(config)
     heaps = local_heaps(config.world, layout.nbytes, device)
-    return [TritonEngine(heap, layout, num_ids=num_ids, deadline=0, keep_spare=keep_spare) for heap in heaps]
+    return [
+        TritonEngine(heap, layout, num_ids=num_ids, deadline=0, keep_spare=keep_spare, tiles=tiles)
+        for heap in heaps
+    ]
 
 
 def step(engines: Sequence[TritonEngine], inputs: Sequence[Inputs], experts: Experts) -> list[Tensor]:

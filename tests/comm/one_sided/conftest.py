@@ -1,22 +1,26 @@
-"""A process in which triton interprets its kernels on the CPU: that must be chosen before triton is imported."""
+"""Processes in which triton interprets its kernels, for the tests of the Triton engine."""
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 
 import pytest
 
 from moeserve.comm.spawn import RankPool
-from tests.comm.one_sided.interpreted import interpret_faster
+from tests.comm.one_sided.interpreted import Interpreters
 
 
 @pytest.fixture(scope="session")
-def interpreter() -> Iterator[RankPool]:
-    """interpreter.run(function, *args): function(0, *args) in that process."""
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("triton is not installed")
-    with pytest.MonkeyPatch.context() as patch, RankPool(1) as pool:
-        patch.setenv("TRITON_INTERPRET", "1")
-        pool.run(interpret_faster)
-        yield pool
+def interpreter() -> Iterator[Interpreters]:
+    """interpreter.run(function, *args): function(0, *args) in a process of its own."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    with RankPool(1) as pool:
+        yield Interpreters(pool)
+
+
+@pytest.fixture(scope="session")
+def two_interpreters() -> Iterator[Interpreters]:
+    """Two ranks joined by gloo."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    with RankPool(2) as pool:
+        yield Interpreters(pool)

@@ -3,28 +3,53 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
 from moeserve.comm.all_to_all.one_sided.layout import CTL_EPOCH, EpConfig, EpLayout, RowFormat, mail_word
 from moeserve.comm.all_to_all.protocol import Dispatched
 from moeserve.comm.all_to_all.reference import Source, dispatch_all
+from moeserve.comm.spawn import RankPool
+
+if TYPE_CHECKING:
+    from moeserve.comm.all_to_all.one_sided.triton_engine import Tiles
 
 VERSION = 3
 """Of the routing table in force."""
 
 
-def interpret_faster(rank: int) -> None:
+class Interpreters:
+    """Ranks in which triton interprets its kernels on the CPU: that must be chosen before triton is imported."""
+
+    def __init__(self, pool: RankPool) -> None:
+        self._pool = pool
+
+    def run(self, function: Callable[..., None], *args: Any, timeout: float = 60.0) -> None:
+        """function(rank, *args) on every rank, as RankPool.run does."""
+        with pytest.MonkeyPatch.context() as patch:  # for the time in which the ranks may be started
+            patch.setenv("TRITON_INTERPRET", "1")
+            self._pool.run(run_interpreted, function, *args, timeout=timeout)
+
+
+def run_interpreted(rank: int, function: Callable[..., None], *args: Any) -> None:
+    interpret_faster()
+    function(rank, *args)
+
+
+def interpret_faster() -> None:
     """Has the interpreter prepare triton's language once and not at every call, which is much of its time."""
     from triton.runtime import interpreter
 
     assert os.environ["TRITON_INTERPRET"] == "1"
     prepare, prepared = interpreter._patch_lang, set()
+    if prepare.__name__ == "prepare_once":
+        return
 
     class Kept:
         def restore(self) -> None:
@@ -210,13 +235,14 @@ class Steps:
         *,
         keep_spare: bool = False,
         device: str = "cpu",
+        tiles: Tiles | None = None,
     ) -> None:
         from moeserve.comm.all_to_all.one_sided.triton_engine import ExpertTable
         from moeserve.comm.all_to_all.one_sided.virtual import virtual_ranks
 
         self.config, self.device, self.epoch = config, device, 0
         num_ids = None if table is None else len(table)
-        self.engines = virtual_ranks(config, device, num_ids=num_ids, keep_spare=keep_spare)
+        self.engines = virtual_ranks(config, device, num_ids=num_ids, keep_spare=keep_spare, tiles=tiles)
         self.layout = EpLayout(config)
         self.tables = [None if table is None else ExpertTable(table, device, VERSION) for _ in self.engines]
         self.counts = [torch.zeros(len(engine.counts), dtype=torch.int64) for engine in self.engines]
@@ -286,6 +312,10 @@ class Steps:
         target = slots.div(self.config.slots_per_rank, rounding_mode="floor")
         lost = torch.isin(target, torch.tensor(sorted(self.out), dtype=torch.int64))
         assert torch.equal(engine.target[: len(slots)].cpu(), target.masked_fill(lost, -2).to(torch.int32))
+        rows = engine.row.tolist()
+        for token, chosen in enumerate(target.masked_fill(lost, -1).tolist()):
+            for choice, rank_of in enumerate(chosen):  # a row travels once a rank
+                assert rank_of < 0 or (rows[token][choice] >= 0) == (rank_of not in chosen[:choice])
         words = engine.words.tolist()
         assert words[device_words.EPOCH.value] == self.epoch
         assert words[device_words.PUT_ARRIVALS.value] == words[device_words.ANSWER_ARRIVALS.value] == 0

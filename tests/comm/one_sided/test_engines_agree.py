@@ -11,9 +11,8 @@ from torch import Tensor
 from moeserve.comm.all_to_all.one_sided.cpu_engine import CpuEngine
 from moeserve.comm.all_to_all.one_sided.layout import EpConfig, EpLayout, RowFormat
 from moeserve.comm.all_to_all.reference import combine_all, dispatch_all
-from moeserve.comm.spawn import RankPool
 from moeserve.comm.symm import SymmHeap, local_heaps
-from tests.comm.one_sided.interpreted import experts, make_case, same_bits
+from tests.comm.one_sided.interpreted import Interpreters, experts, make_case, same_bits
 
 pytestmark = pytest.mark.multi_rank
 
@@ -118,5 +117,5 @@ def compare(rank: int) -> None:
             assert all(same_bits(a, b) for a, b in zip(step, other_step, strict=True))
 
 
-def test_engines_write_the_same_bytes_and_work_together(interpreter: RankPool) -> None:
+def test_engines_write_the_same_bytes_and_work_together(interpreter: Interpreters) -> None:
     interpreter.run(compare)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -11,22 +9,11 @@ from moeserve.comm.all_to_all.one_sided.dispatcher import RowSizes
 from moeserve.comm.all_to_all.one_sided.gpu_dispatcher import GpuDispatcher
 from moeserve.comm.layout import ParallelLayout
 from moeserve.comm.mesh import Mesh
-from moeserve.comm.spawn import RankPool
 from moeserve.comm.symm import HeapUnavailable
-from tests.comm.one_sided.interpreted import interpret_faster
+from tests.comm.one_sided.interpreted import Interpreters
 from tests.comm.test_all_to_all import check, make_case
 
 pytestmark = pytest.mark.multi_rank
-
-
-@pytest.fixture(scope="module")
-def interpreters() -> Iterator[RankPool]:
-    """Two ranks in which triton interprets its kernels."""
-    pytest.importorskip("triton", reason="triton is not installed")
-    with pytest.MonkeyPatch.context() as patch, RankPool(2) as pool:
-        patch.setenv("TRITON_INTERPRET", "1")
-        pool.run(interpret_faster)
-        yield pool
 
 
 def check_steps(rank: int, seeds: range) -> None:
@@ -49,8 +36,8 @@ def check_steps(rank: int, seeds: range) -> None:
 
 
 @pytest.mark.slow
-def test_equals_reference(interpreters: RankPool) -> None:
-    interpreters.run(check_steps, range(6), timeout=100.0)
+def test_equals_reference(two_interpreters: Interpreters) -> None:
+    two_interpreters.run(check_steps, range(6), timeout=100.0)
 
 
 def check_refusal(rank: int) -> None:
@@ -61,8 +48,8 @@ def check_refusal(rank: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_says_why_there_is_no_memory_between_gpus(interpreters: RankPool) -> None:
-    interpreters.run(check_refusal)
+def test_says_why_there_is_no_memory_between_gpus(two_interpreters: Interpreters) -> None:
+    two_interpreters.run(check_refusal)
 
 
 def check_late(rank: int) -> None:
@@ -77,5 +64,5 @@ def check_late(rank: int) -> None:
 
 
 @pytest.mark.slow
-def test_a_late_rank_is_an_error(interpreters: RankPool) -> None:
-    interpreters.run(check_late)
+def test_a_late_rank_is_an_error(two_interpreters: Interpreters) -> None:
+    two_interpreters.run(check_late)

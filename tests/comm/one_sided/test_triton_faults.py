@@ -10,22 +10,38 @@ import torch
 from torch import Tensor
 
 from moeserve.comm.all_to_all.one_sided.layout import EpConfig, RowFormat, mail_word
-from moeserve.comm.spawn import RankPool
-from tests.comm.one_sided.interpreted import VERSION, Case, Steps, make_case, make_table, same_bits
+from tests.comm.one_sided.interpreted import (
+    VERSION,
+    Case,
+    Interpreters,
+    Steps,
+    make_case,
+    make_table,
+    same_bits,
+)
 
 pytestmark = pytest.mark.multi_rank
 
 FORM = RowFormat(24, torch.float32)
-BOTH = pytest.mark.parametrize("combine", ["push", "pull"])
+BOTH = pytest.mark.parametrize("combine", ["push", pytest.param("pull", marks=pytest.mark.slow)])
 
 
 def config(combine: str, world: int = 3, tokens: int = 6) -> EpConfig:
     return EpConfig(world, tokens, 3, 2, FORM, FORM, combine)
 
 
-@BOTH
-@pytest.mark.parametrize("phase", ["send", "answer"])
-def test_a_late_rank_is_masked_and_the_step_goes_on(interpreter: RankPool, combine: str, phase: str) -> None:
+@pytest.mark.parametrize(
+    ("combine", "phase"),
+    [
+        ("push", "answer"),
+        ("pull", "send"),
+        pytest.param("push", "send", marks=pytest.mark.slow),
+        pytest.param("pull", "answer", marks=pytest.mark.slow),
+    ],
+)
+def test_a_late_rank_is_masked_and_the_step_goes_on(
+    interpreter: Interpreters, combine: str, phase: str
+) -> None:
     interpreter.run(check_late, combine, phase)
 
 
@@ -46,7 +62,7 @@ def check_late(rank: int, combine: str, phase: str) -> None:
 
 
 @BOTH
-def test_a_masked_rank_gets_and_gives_nothing(interpreter: RankPool, combine: str) -> None:
+def test_a_masked_rank_gets_and_gives_nothing(interpreter: Interpreters, combine: str) -> None:
     interpreter.run(check_masked, combine)
 
 
@@ -66,7 +82,7 @@ def check_masked(rank: int, combine: str) -> None:
             steps.engines[out].set_membership(members, generation=2, epoch=9)
 
 
-def test_a_rank_that_wakes_up_late_changes_nothing(interpreter: RankPool) -> None:
+def test_a_rank_that_wakes_up_late_changes_nothing(interpreter: Interpreters) -> None:
     interpreter.run(check_zombie)
 
 
@@ -120,7 +136,7 @@ def device_word(name: str) -> int:
 
 
 @BOTH
-def test_a_late_rank_may_come_back(interpreter: RankPool, combine: str) -> None:
+def test_a_late_rank_may_come_back(interpreter: Interpreters, combine: str) -> None:
     interpreter.run(check_return, combine)
 
 
@@ -140,7 +156,7 @@ def check_return(rank: int, combine: str) -> None:
         steps.run(make_case(steps.config, seed))
 
 
-def test_the_others_went_on_without_us(interpreter: RankPool) -> None:
+def test_the_others_went_on_without_us(interpreter: Interpreters) -> None:
     interpreter.run(check_left_behind)
 
 
@@ -157,7 +173,7 @@ def check_left_behind(rank: int) -> None:
     assert steps.engines[0].got[2] == 0
 
 
-def test_a_wait_ends_at_its_deadline(interpreter: RankPool) -> None:
+def test_a_wait_ends_at_its_deadline(interpreter: Interpreters) -> None:
     interpreter.run(check_deadline)
 
 
@@ -176,7 +192,7 @@ def check_deadline(rank: int) -> None:
 
 
 @BOTH
-def test_the_table_changes_between_steps(interpreter: RankPool, combine: str) -> None:
+def test_the_table_changes_between_steps(interpreter: Interpreters, combine: str) -> None:
     interpreter.run(check_flips, combine)
 
 
@@ -207,7 +223,7 @@ def check_flips(rank: int, combine: str) -> None:
 
 
 @BOTH
-def test_fewer_tokens_than_rows(interpreter: RankPool, combine: str) -> None:
+def test_fewer_tokens_than_rows(interpreter: Interpreters, combine: str) -> None:
     interpreter.run(check_padding, combine)
 
 
@@ -237,7 +253,8 @@ def check_padding(rank: int, combine: str) -> None:
         assert len(a) == 6 and not a[count:].any()
 
 
-def test_push_and_pull_give_the_same_bits_each_time(interpreter: RankPool) -> None:
+@pytest.mark.slow
+def test_push_and_pull_give_the_same_bits_each_time(interpreter: Interpreters) -> None:
     interpreter.run(check_same_bits)
 
 
