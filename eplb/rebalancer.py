@@ -152,7 +152,7 @@ class Rebalancer:
             return Decision(None, f"{len(self.windows)} of {wanted} windows observed", 1.0, 1.0)
         windows = np.stack(self.windows)
         before = self._imbalance(windows, self.placement)
-        least = 0.0 if force else self.settings.min_gain
+        least = 0.0 if force else max(self.settings.min_gain, _chance(windows, self.topology.num_ranks))
         if (was := float(before.mean())) * (1 - least) < 1.0:
             return Decision(None, f"an imbalance of {was:.4f} leaves less than {least:.2%} to gain", was, was)
         if self.settings.policy == "auto":
@@ -283,3 +283,10 @@ class Rebalancer:
         worth = gain * costs.moe_part * costs.step_seconds * costs.horizon_steps * lasts
         transfer = max(moved.most_received, moved.most_sent) * costs.expert_bytes / costs.bytes_per_second
         return worth, transfer * costs.stall_part
+
+
+def _chance(windows: npt.NDArray[np.int64], ranks: int) -> float:
+    """What max / mean would exceed 1 by if every token fell on any rank alike: as much of a gain over these windows
+    may be of their noise. The highest of G normals lies at about sqrt(ln G) deviations."""
+    tokens = windows.sum(axis=(0, 2)).mean()
+    return float(np.sqrt(np.log(ranks) * (ranks - 1) / max(tokens, 1.0)))

@@ -244,13 +244,23 @@ def test_a_slot_much_heavier_than_others_is_moved_too(routing: Routing) -> None:
     assert rebalancer.decide().before < 1.02
 
 
+def test_what_chance_may_have_made_is_not_acted_on() -> None:
+    """Even traffic, so few tokens that some rank always looks busier; 66 moves without regard to that."""
+    rng = np.random.default_rng(0)
+    moves = {}
+    for tokens in (64, 6400):
+        rebalancer = Rebalancer(Placement.identity(2, 32, 32), Topology.of(4, 32), Settings())
+        moves[tokens] = sum(_drive(rebalancer, rng.multinomial(tokens, np.full(32, 1 / 32), size=(30, 2))))
+    assert moves[6400] == 0 and moves[64] < 50
+
+
 @pytest.mark.parametrize("routing", ["even", "shares", "step"])
 def test_nothing_is_searched_where_min_gain_is_out_of_reach(
     routing: Routing, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rebalancer = Rebalancer(Placement.identity(1, 8, 8), Topology.of(4, 8), Settings(routing=routing))
     for _ in range(3):
-        rebalancer.observe(np.array([[101, 99, 100, 101, 99, 100, 100, 100]]))
+        rebalancer.observe(np.array([[101, 99, 100, 101, 99, 100, 100, 100]]) * 10)
     monkeypatch.setattr(rebalancer, "_improve", None)
     decision = rebalancer.decide()
     assert decision.plan is None and "leaves less than 2.00% to gain" in decision.reason
