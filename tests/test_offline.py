@@ -60,3 +60,12 @@ def test_report_is_of_the_slots_that_were_recorded(stats: Path, capsys: pytest.C
     found = json.loads(capsys.readouterr().out)["placements"]["identity"]
     # four experts in four slots on two ranks: 10 against 2 of 12, and 2 against 10
     assert found["mean"] == pytest.approx((10 / 6 + 10 / 6 + 10 / 6 + 9 / 6) / 4)
+
+
+def test_too_much_for_a_browser_is_refused(
+    stats: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("moeserve.dashboard.page.MAX_COUNTS", 15)
+    assert offline.main(["report", str(stats), "--report", f"html={stats.with_name('page.html')}"]) == 2
+    assert "2 windows are too many for a page: give a part of them" in capsys.readouterr().err
+    assert not stats.with_name("page.html").exists()

@@ -11,9 +11,17 @@ from moeserve.eplb.formats.stats import format_stats
 from moeserve.eplb.types import Placement
 from moeserve.stats.dashboard import page_in_a_file
 
+MAX_COUNTS = 40_000_000
+"""Windows x layers x experts that a browser is given to unpack: 45 minutes of 58 layers of 256 experts, each second."""
+
 
 def self_contained(source: Shown, recording: Recording) -> str:
-    """The page's text. Solves, so it takes up to seconds."""
+    """The page's text. Solves, so it takes up to seconds. ValueError where there are too many windows."""
+    if recording.load.load.size > MAX_COUNTS:
+        raise ValueError(
+            f"{recording.load.num_windows} windows are too many for a page: give a part of them, as one file of a "
+            "recording or one --phase"
+        )
     phases = recording.load.phases
     past = ("predicted", "rebalances")
     figures = {
