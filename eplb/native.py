@@ -275,7 +275,8 @@ class Native:
         ranks = np.empty((layers, sets, num_ranks))
         slots, rank_of = np.ascontiguousarray(slots, np.int32), np.ascontiguousarray(rank_of, np.int32)
         _check(slots, layers, experts)
-        assert share.flags.writeable and share.dtype == np.float64 and share.shape == (layers, sets, slots.shape[1])
+        assert share.flags.writeable and share.dtype == np.float64
+        assert share.shape == (layers, sets, slots.shape[1])
         assert rank_of.shape == slots.shape[1:] and rank_of.min() >= 0
         self.library.eplb_fill(
             layers, sets, experts, num_ranks, slots.shape[1], _at(load), _at(slots), _at(rank_of),
