@@ -21,6 +21,7 @@ Trigger = Literal["periodic", "requested", "placement", "resume"]
 Result = Literal["applied", "skipped", "failed"]
 
 KEPT, KEPT_SKIPPED = 64, 16  # records
+KEPT_TABLES = 16  # of bytes from rank to rank: 72 ranks make one of 5,184 numbers
 ALIKE_SECONDS = 30.0  # between two lines of the log about decisions that are skipped for the same reason
 _DURATIONS = (*(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5), *(1.0, 2.5, 5.0, 10.0, 30.0, 60.0))
 
@@ -31,7 +32,7 @@ class Rebalance:
 
     before, predicted, after: imbalance (max/mean rank load, mean over layers) of what was in force, of the plan,
     and of the first full window that followed it. generation: in force when it was over. bytes: between ranks;
-    rank_bytes [G, G]: from rank, to rank. gain_seconds: what the moves were expected to save over the horizon.
+    rank_bytes [G, G]: from rank, to rank, for the newest. gain_seconds: what the moves were expected to save over the horizon.
     time: seconds since the epoch when it was over.
     """
 
@@ -132,6 +133,8 @@ class Ledger:
             self._tell_skipped(record)
             return
         self._acted.append(record)
+        for old in [one for one in self._acted if one.rank_bytes is not None][:-KEPT_TABLES]:
+            old.rank_bytes = None
         log.log(logging.WARNING if result == "failed" else logging.INFO, "%s", record)
 
     def _tell_skipped(self, record: Rebalance) -> None:

@@ -19,6 +19,7 @@ from moeserve.eplb.service import Answer, RebalanceService
 from moeserve.eplb.types import Placement
 from moeserve.messages import LayersSwitched
 from moeserve.online.balancer import RESUMES, SILENCE_SECONDS, Busy, OnlineBalancer
+from moeserve.online.records import KEPT, KEPT_TABLES
 from tests.online.fakes import EXPERT_BYTES, EXPERTS, LAYERS, SLOTS, STEPS, TOPOLOGY, Engine, skewed
 
 
@@ -312,6 +313,18 @@ def test_a_given_placement_comes_into_force_with_its_digest() -> None:
     engine.run()
     with pytest.raises(Busy, match="came into force meanwhile"):
         engine.online.apply(stale)
+
+
+def test_the_list_of_rebalances_is_bounded() -> None:
+    engine = Engine()
+    engine.online.pause()
+    for number in range(KEPT + 10):
+        engine.online.apply(engine.online.plan(solve(skewed(8 * (number % 2)), TOPOLOGY)))
+        engine.run()
+    records = engine.balance.status()["rebalances"]
+    assert len(records) == KEPT and engine.online.ledger.results["placement", "applied"] == KEPT + 10
+    assert sum(record["rank_bytes"] is not None for record in records) == KEPT_TABLES
+    assert records[0]["rank_bytes"] is not None and records[0]["generation"] == KEPT + 10
 
 
 def test_a_decision_that_comes_too_late_is_dropped() -> None:
