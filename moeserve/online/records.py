@@ -32,8 +32,8 @@ class Rebalance:
 
     before, predicted, after: imbalance (max/mean rank load, mean over layers) of what was in force, of the plan,
     and of the first full window that followed it. generation: in force when it was over. bytes: between ranks;
-    rank_bytes [G, G]: from rank, to rank, for the newest. gain_seconds: what the moves were expected to save over the horizon.
-    time: seconds since the epoch when it was over.
+    rank_bytes [G, G]: from rank, to rank, for the newest. gain_seconds: what the moves were expected to save over
+    the horizon. time: seconds since the epoch when it was over.
     """
 
     trigger: Trigger
