@@ -165,9 +165,8 @@ class SharedPairs:
             start = (source * len(ranks) + target) * stride
             return _Ring(memory[start : start + stride], base + start, size)
 
-        self._left = memory[:COUNTER_BYTES].cast(
-            "q"
-        )  # of the ring from the first rank to itself, which is none
+        # a word of the ring from the first rank to itself, which nobody else uses
+        self._left = memory[:COUNTER_BYTES].cast("q")
         self._to = {r: ring(me, i) for i, r in enumerate(ranks) if i != me}
         self._from = {r: ring(i, me) for i, r in enumerate(ranks) if i != me}
         self._lives = {r: os.pidfd_open(pid) for r, pid in zip(ranks, pids, strict=True) if r != rank}

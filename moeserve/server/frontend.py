@@ -318,8 +318,9 @@ class Frontend:
         members = self.membership
         if members is not None and members.may_meet():
             address, port = self._link.meeting_place()
+            order = Rejoin(members.number, list(members.ranks), list(members.lost), address, port)
             for rank in members.ranks:
-                self._post(rank, Rejoin(members.number, members.ranks, members.lost, address, port))
+                self._post(rank, order)
 
     def _follow_survivors(self, message: Rejoined) -> None:
         """The first to have met the others says which placement is in force."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -100,9 +99,10 @@ def test_ranks_are_as_level_as_by_the_numpy_water_filling(
         load = (local_counts(row, own, topology, number).sum(axis=0), sent, (step / np.bincount(row))[row])
         for kept, each in zip((theirs, ours, even), load, strict=True):
             kept.append(each.reshape(ranks, -1).sum(axis=1))
-    measure: Callable[[list[np.ndarray]], float] = lambda loads: float(
-        imbalance(np.array(loads, float)).mean()
-    )  # noqa: E731
+
+    def measure(loads: list[np.ndarray]) -> float:
+        return float(imbalance(np.array(loads, float)).mean())
+
     assert measure(ours) < measure(theirs) + 0.006
     assert measure(ours) - 1 < (measure(even) - 1) / 2
 

@@ -147,8 +147,9 @@ def test_a_second_loss_shrinks_again_as_long_as_every_expert_lives(tokenizer: To
         engine = Engine(tokenizer)
         engine.ready()
         engine.fail(0)
-        assert meet(engine, 0, (1, 2, 3))
+        first = meet(engine, 0, (1, 2, 3))
         engine.fail(3)  # before they had met
+        assert {(*message.ranks, *message.lost) for _, message in first} == {(1, 2, 3, 0)}
         told = meet(engine, 1, (1, 2))
         assert [(rank, message.lost) for rank, message in told] == [(1, [0, 3]), (2, [0, 3])]
         left = without_rank(SAFE, Topology.of(4, 8), 0)
