@@ -22,6 +22,8 @@ from moeserve.comm.symm import SymmHeap
 SCALE_BLOCK = 128
 """Values that share a scale where results travel as float8."""
 NO_LIMIT = 1 << 40
+MOST_CHOICES = (1 << 31) - 1
+"""That can reach a rank in one step: the kernels number them in 32 bits."""
 OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False}
 """Of each kernel. One stage: else rows take a way through shared memory. Without fusion a product is rounded before
 it is added: the bits of rows.weighted_sum."""
@@ -139,6 +141,8 @@ class TritonEngine:
         self.max_tokens = spare or config.max_tokens
         self.generation = 0
         r, t, k, s = config.world, config.max_tokens, config.top_k, config.slots_per_rank
+        if r * t * k > MOST_CHOICES:
+            raise ValueError(f"world * max_tokens * top_k = {r * t * k}: must be at most {MOST_CHOICES}")
         zeros = partial(torch.zeros, dtype=torch.int32, device=self.device)
         wide = partial(torch.zeros, dtype=torch.int64, device=self.device)
         self.target, self.row = zeros(t, k), zeros(t, k)

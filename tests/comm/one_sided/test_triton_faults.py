@@ -266,3 +266,22 @@ def check_same_bits(rank: int) -> None:
     for a, b, c in zip(*outs, strict=True):
         assert a is not None and b is not None and c is not None
         assert same_bits(a, b) and same_bits(a, c)
+
+
+def test_sizes_that_do_not_fit_are_refused(interpreter: Interpreters) -> None:
+    interpreter.run(check_refusals)
+
+
+def check_refusals(rank: int) -> None:
+    from moeserve.comm.all_to_all.one_sided import triton_engine
+    from moeserve.comm.all_to_all.one_sided.virtual import virtual_ranks
+
+    with pytest.raises(ValueError, match="max_tokens, combine = 6, 'pull': half is kept spare"):
+        virtual_ranks(config("pull"), keep_spare=True)
+    scaled = RowFormat(300, torch.float8_e4m3fn, 2)
+    with pytest.raises(ValueError, match="num_scales = 2: results have one for each 128 values"):
+        virtual_ranks(EpConfig(2, 3, 1, 1, FORM, scaled))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_engine, "MOST_CHOICES", 53)
+        with pytest.raises(ValueError, match=r"world \* max_tokens \* top_k = 54: must be at most 53"):
+            virtual_ranks(config("push"))
