@@ -2,7 +2,7 @@
 """The Triton kernels of combine, launched one after the other on one stream; for arguments see dispatch_kernels.
 
 answer         each result to its cell; the last program releases `done`                     grid (programs,)
-answer_summed  the same, with a row's choices summed first (cells = "rank")                   grid (programs,)
+answer_summed  the same, with a row's choices summed first (cells = "rank")                   grid (programs, R)
 wait           of dispatch_kernels, for the `done` words                                      grid (R,)
 reduce         weight * result, added in top-k order                                          grid (programs,)
 """

@@ -12,7 +12,7 @@ from tests.comm.one_sided.interpreted import Interpreters, Steps, make_case, mak
 pytestmark = pytest.mark.multi_rank
 
 
-@pytest.mark.parametrize("seed", [pytest.param(s, marks=pytest.mark.slow) if s > 3 else s for s in range(40)])
+@pytest.mark.parametrize("seed", [pytest.param(s, marks=pytest.mark.slow) if s > 3 else s for s in range(24)])
 def test_a_step_leaves_what_the_reference_says(interpreter: Interpreters, seed: int) -> None:
     interpreter.run(check_seed, seed)
 
