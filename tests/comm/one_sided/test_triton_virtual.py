@@ -12,7 +12,7 @@ from tests.comm.one_sided.interpreted import Interpreters, Steps, make_case, mak
 pytestmark = pytest.mark.multi_rank
 
 
-@pytest.mark.parametrize("seed", [pytest.param(s, marks=pytest.mark.slow) if s > 3 else s for s in range(24)])
+@pytest.mark.parametrize("seed", [pytest.param(s, marks=pytest.mark.slow) if s > 3 else s for s in range(16)])
 def test_a_step_leaves_what_the_reference_says(interpreter: Interpreters, seed: int) -> None:
     interpreter.run(check_seed, seed)
 
@@ -76,3 +76,13 @@ def check_gathered_counts(rank: int) -> None:
     table = make_table(sizes, random)
     config = make_config(np.random.default_rng(5), world=3, slots_per_rank=4, num_experts=len(table))
     check_steps(config, table, range(2, 5))
+
+
+@pytest.mark.slow
+def test_72_ranks_and_22_choices(interpreter: Interpreters) -> None:
+    interpreter.run(check_many_ranks, timeout=120.0)
+
+
+def check_many_ranks(rank: int) -> None:
+    form = RowFormat(8, torch.bfloat16)
+    check_steps(EpConfig(72, 1, 22, 1, form, form), None, range(6, 7))
