@@ -30,6 +30,9 @@ logger = logging.getLogger(__name__)
 
 State = Literal["idle", "solving", "dead", "closed"]
 
+TAKE_IN_SECONDS = 10.0
+"""In which a solver reads what it is sent while it solves nothing; then it is ended."""
+
 
 @dataclass(frozen=True)
 class Start:
@@ -154,8 +157,10 @@ class RebalanceService:
         self._closed = True
         self._todo.put(None)
         if self._solver is not None:
-            self._solver.end()
+            self._solver.process.kill()  # its pipes are the thread's as long as that runs
         self._thread.join(timeout=5)
+        if self._solver is not None:
+            self._solver.end()
 
     def _carry(self) -> None:
         while (message := self._todo.get()) is not None:
@@ -177,7 +182,8 @@ class RebalanceService:
     def _pass_on(self, message: ToSolver) -> None:
         if self._solver is None:
             self._solver = _Solver()
-            self._solver.send(Start(self._placement, self._topology, self._settings, tuple(self._windows)))
+            start = Start(self._placement, self._topology, self._settings, tuple(self._windows))
+            self._solver.send(start)
             if not isinstance(message, Decide):
                 return  # Start has said it already
         self._solver.send(message)
@@ -226,7 +232,14 @@ class _Solver:
         self.out, self.back = Connection(ours_out, readable=False), Connection(ours_in, writable=False)
 
     def send(self, message: ToSolver) -> None:
-        self.out.send(message)
+        """Raises OSError when the process has ended, or was as it read nothing for TAKE_IN_SECONDS."""
+        watch = threading.Timer(TAKE_IN_SECONDS, self.process.kill)
+        watch.daemon = True
+        watch.start()
+        try:
+            self.out.send(message)
+        finally:
+            watch.cancel()
 
     def receive(self, timeout: float) -> FromSolver:
         if not self.back.poll(timeout):

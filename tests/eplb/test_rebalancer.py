@@ -218,6 +218,28 @@ def test_service_answers_like_the_rebalancer_and_survives_crashes() -> None:
 
 
 @pytest.mark.multi_rank
+def test_a_solver_that_takes_nothing_in_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A window of a large model does not fit into a pipe."""
+    monkeypatch.setattr("moeserve.eplb.service.TAKE_IN_SECONDS", 1.0)
+    topology = Topology(num_ranks=8, slots_per_rank=32)
+    service = RebalanceService(Placement.identity(58, 256, 256), topology, Settings())
+    window = np.ones((58, 256), np.int64)
+    try:
+        service.observe(window)
+        service.request()
+        _answer(service)
+        assert service.pid is not None
+        os.kill(service.pid, signal.SIGSTOP)
+        for _ in range(3):
+            service.observe(window)
+        service.request()
+        assert _answer(service).decision is not None
+        assert service.restarts == 1
+    finally:
+        service.close()
+
+
+@pytest.mark.multi_rank
 def test_a_solver_that_hangs_is_given_up() -> None:
     service = RebalanceService(Placement.identity(4, 64, 72), TOPOLOGY, solve_timeout=0.0, max_restarts=0)
     try:
