@@ -216,6 +216,7 @@ class _Run:
             try:
                 mover.begin(self._weights[layer], self._layers[layer].moves)
             except TransferError as error:
+                mover.abandon()
                 self._fail(f"layer {layer}: {error}")
                 return
             self._moving.append((layer, mover))

@@ -357,9 +357,9 @@ class Faulty:
 
     def begin(self, tensors: Sequence[Tensor], moves: Sequence[tuple[int, int]]) -> None:
         self.bad = self.is_bad(tensors[0])
-        if self.bad and self.why == "no memory":
-            raise TransferError(self.why)
         self.mover.begin(tensors, moves)
+        if self.bad and self.why == "no memory":  # which is found when the moves are already noted
+            raise TransferError(self.why)
 
     def advance(self, max_bytes: int) -> bool:
         self.advances += 1
