@@ -436,12 +436,15 @@ class Frontend:
 
     async def _carry_orders(self) -> None:
         """Lets the online balancer know the time and sends what it orders to every replica."""
-        online = None if self.balance is None else self.balance.online
-        while online is not None:
+        balance, members = self.balance, self.membership
+        online = None if balance is None else balance.online
+        while balance is not None and online is not None:
             online.tick()
-            for order in online.take_orders():
-                for replica in range(self._link.num_replicas):
-                    self._post(replica, order)
+            # between a loss and the meeting only some would hear of an order, and those wait for the others
+            if members is None or len(members.lost) == len(balance.lost):
+                for order in online.take_orders():
+                    for replica in range(self._link.num_replicas):
+                        self._post(replica, order)
             await asyncio.sleep(BALANCE_TICK_SECONDS)
 
     def _note_stats(self, replica: int, stats: EngineStats) -> None:

@@ -17,6 +17,7 @@ from moeserve.messages import (
     EngineStats,
     ExpertCounts,
     FromRank,
+    Migrate,
     RankFailed,
     RankLeft,
     RankReady,
@@ -160,6 +161,53 @@ def test_a_second_loss_shrinks_again_as_long_as_every_expert_lives(tokenizer: To
         engine.fail(2)  # rank 1 has half of the experts
         assert engine.frontend.dead.is_set() and engine.frontend.failure == "rank 2 was killed"
         assert engine.frontend.readiness()[:2] == (False, "dead")
+
+    asyncio.run(main())
+
+
+class Orders:
+    """A balancer that orders something at each tick."""
+
+    def __init__(self) -> None:
+        self.waiting: list[Migrate] = []
+        self.orders = 0
+
+    def tick(self) -> None:
+        self.orders += 1
+        self.waiting.append(Migrate(self.orders, 0, "", 1, "", [], 1))
+
+    def take_orders(self) -> list[Migrate]:
+        waiting, self.waiting = self.waiting, []
+        return waiting
+
+    def regroup(self, why: str) -> None:
+        self.waiting.clear()
+
+
+def test_nothing_is_ordered_between_a_loss_and_the_meeting(tokenizer: Tokenizer) -> None:
+    async def main() -> None:
+        engine = Engine(tokenizer)
+        engine.balance.online = online = Orders()  # type: ignore[assignment]
+        engine.ready()
+        carrying = asyncio.create_task(engine.frontend._carry_orders())
+
+        async def ordered() -> list[tuple[int, int]]:
+            begun = online.orders
+            while online.orders < begun + 2:
+                await asyncio.sleep(0.01)
+            return [(rank, m.order) for rank, m in engine.sent() if isinstance(m, Migrate)]
+
+        assert {rank for rank, _ in await ordered()} == {0, 1, 2, 3}
+        engine.fail(0)
+        engine.sent()
+        assert not await ordered()
+        meet(engine, 0, (1, 2, 3))
+        assert not await ordered()
+        stale = online.orders
+        engine.rejoined(1, 1, without_rank(SAFE, Topology.of(4, 8), 0)[0])
+        after = await ordered()
+        assert {rank for rank, _ in after} == {1, 2, 3} and min(order for _, order in after) > stale
+        carrying.cancel()
 
     asyncio.run(main())
 
