@@ -29,10 +29,12 @@ def share_host(world: Group, timeout: float) -> SharedPairs | None:
     if lead_descriptor >= 0:
         try:
             descriptor = os.open(f"/proc/{pids[0]}/fd/{lead_descriptor}", os.O_RDWR)
-            rings = SharedPairs(
-                descriptor, [world.ranks[i] for i in members], world.ranks[world.rank], pids, timeout
-            )
-            os.close(descriptor)
+            try:
+                rings = SharedPairs(
+                    descriptor, [world.ranks[i] for i in members], world.ranks[world.rank], pids, timeout
+                )
+            finally:
+                os.close(descriptor)
         except OSError as error:
             logger.info("no shared memory with rank %d: %s", world.ranks[members[0]], error)
     joined = world.all_gather_ints([rings is not None])

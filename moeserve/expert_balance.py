@@ -79,10 +79,8 @@ class ExpertBalance:
         self.rank_names = list(range(topology.num_ranks))  # numbers that those of the topology started with
         self.lost: list[int] = []  # numbers that ranks had that are no more
         self._rank_tokens: Floats = np.zeros((len(PHASES), topology.num_ranks))
-        self._each: dict[
-            LoadWindow, Floats
-        ] = {}  # imbalance [2, L] of windows under the placement _each_under
-        self._each_under: Placement | None = None
+        # a placement, and the imbalance [2, L] of windows under it; together, as several threads ask for them
+        self._each: tuple[Placement, dict[LoadWindow, Floats]] = placement, {}
         self._next_line: float | None = None
 
     def follow(self, placement: Placement) -> None:
@@ -277,14 +275,16 @@ class ExpertBalance:
         """Over all windows of stats.json, each by itself: what eplb-offline report says of that file. Windows that
         are full are worked out once; may run in another thread."""
         windows, placement, topology = self.ring.windows, self.placement, self.topology
-        former = self._each if self._each_under is placement else {}
+        under, former = self._each
+        if under is not placement:
+            former = {}
         each = {
             window: former[window]
             if window in former
             else imbalance(rank_load(window.load, placement, topology))  # [2, L]
             for window in windows
         }
-        self._each, self._each_under = each, placement
+        self._each = placement, each
         found: dict[Phase, dict[str, Any]] = {}
         for at, phase in enumerate(PHASES):
             ratios = [each[window][at] for window in windows if window.tokens[at]]
