@@ -7,6 +7,7 @@ weights travel.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -178,6 +179,13 @@ class Placement:
 
     def with_generation(self, generation: int) -> Placement:
         return Placement(self.slot_to_expert, self.num_experts, generation, self.share)
+
+    def with_layers(self, layers: Sequence[int], new: Placement) -> Placement:
+        """This one with these layers as in `new`; its generation is the new one's once every layer agrees."""
+        slots, shares, rows = self.slot_to_expert.copy(), self.share.copy(), list(layers)
+        slots[rows], shares[rows] = new.slot_to_expert[rows], new.share[rows]
+        found = Placement(slots, self.num_experts, self.generation, shares)
+        return found.with_generation(new.generation) if found.digest == new.digest else found
 
     @cached_property
     def digest(self) -> str:

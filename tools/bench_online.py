@@ -239,7 +239,9 @@ async def drive(mode: str, frontend: Frontend, balance: ExpertBalance, flags: ar
         for generation in list(running.values()):
             generation.cancel()
         watch.change()
-        await asyncio.sleep(flags.seconds)
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(frontend.dead.wait(), flags.seconds)
+            raise RuntimeError(f"the engine died: {frontend.failure}")
         settled = [w.measured for w in watch.windows if w.domain == watch.domain][2:]
         note(f"  {name}: {watch.counted} windows, imbalance {median(settled):.3f} from the third on")
     for task in streams:

@@ -70,15 +70,6 @@ def _check_moves(layer: LayerOrder, before: list[int]) -> None:
         )
 
 
-def placement_after(current: Placement, layers: Sequence[int], new: Placement) -> Placement:
-    """`current` with these layers as in `new`; its generation is the new one's once every layer agrees."""
-    slots, shares = current.slot_to_expert.copy(), current.share.copy()
-    for layer in layers:
-        slots[layer], shares[layer] = new.slot_to_expert[layer], new.share[layer]
-    after = Placement(slots, new.num_experts, current.generation, shares)
-    return after.with_generation(new.generation) if after.digest == new.digest else after
-
-
 class State(IntEnum):
     """Of a rank in the round that is under way."""
 

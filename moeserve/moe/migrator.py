@@ -24,7 +24,6 @@ from moeserve.moe.migration import (
     Word,
     fingerprint,
     ordered_placement,
-    placement_after,
 )
 from moeserve.ops.spread import SplitTable
 
@@ -207,7 +206,7 @@ class _Run:
 
     def _prepare(self, layers: Sequence[int], moved: Sequence[int]) -> Iterator[None]:
         """What this rank does by itself before bytes travel, in parts for a step each: as many on every rank."""
-        self._after = placement_after(self._map.placement, layers, self._new)
+        self._after = self._map.placement.with_layers(layers, self._new)
         yield
         for layer in layers:
             self._views[layer] = self._map.view(layer, self._new)

@@ -23,7 +23,7 @@ from moeserve.eplb.service import Answer
 from moeserve.eplb.types import MigrationPlan, Placement
 from moeserve.expert_balance import ExpertBalance
 from moeserve.messages import LayersSwitched, Migrate, Migrated
-from moeserve.online.orders import Moves, Order, by_link, mixed, moves_of, plan_to, rank_bytes
+from moeserve.online.orders import Moves, Order, by_link, moves_of, plan_to, rank_bytes
 from moeserve.online.records import Ledger, Rebalance, Result, Trigger
 from moeserve.online.windows import BalancedPhase, Windows
 from moeserve.stats.snapshot import PHASES, LoadWindow, Phase
@@ -140,9 +140,11 @@ class OnlineBalancer:
         return [record.as_json() for record in self.ledger.newest_first()]
 
     def rebalance(self) -> None:
-        """Decide now, however little it brings; also while paused. Raises Busy during a migration, before the first
-        window, and after death."""
+        """Decide now, however little it brings; also while paused. Raises Busy during a migration or a decision that
+        was asked for, before the first window, and after death."""
         self._check_free()
+        if "requested" in self._asked:
+            raise Busy("a decision that was asked for is being made; try again when it is there")
         if self.trouble:
             raise Busy(f"the balancer is dead: {self.trouble}; resume starts it again")
         if not self._fed:
@@ -184,7 +186,10 @@ class OnlineBalancer:
         log.info("balancing is paused at placement generation %d", self.balance.placement.generation)
 
     def resume(self) -> None:
-        """Decide again, also after death: with a new solver that gets the windows that are kept."""
+        """Decide again, also after death: with a new solver that gets the windows that are kept. Raises Busy where
+        ranks owe an answer to an order: what they hold is not known, and only that answer can tell."""
+        if self._order is not None and self._order.lost:
+            raise Busy(f"{self.trouble}; it goes on by itself once they answer")
         self._paused = False
         self._failures = self._wait = 0
         self._broken = ""
@@ -274,7 +279,7 @@ class OnlineBalancer:
             log.warning("migration %d shows signs of life again", order.number)
         if isinstance(message, LayersSwitched):
             order.switched.update(message.layers)
-            self.balance.follow(mixed(self.balance.placement, order.target, message.layers))
+            self.balance.follow(self.balance.placement.with_layers(message.layers, order.target))
             return
         order.answers[message.rank] = message
         self.balance.generations[self.balance.name_of(message.rank)] = message.generation
@@ -311,9 +316,9 @@ class OnlineBalancer:
         for phase, tokens in zip(PHASES, window.tokens, strict=True):
             if tokens:
                 self.newest[phase] = window
-        self._measure(window)
         former = self._balanced.phase
         chosen = self._balanced.choose(window)
+        self._measure(window, chosen)
         if chosen is None:
             return
         load = window.load[PHASES.index(chosen)]
@@ -359,11 +364,12 @@ class OnlineBalancer:
             return None
         return self.balance.imbalance_of(self.newest[phase], phase).mean
 
-    def _measure(self, window: LoadWindow) -> None:
-        """Imbalance of the first full window after a rebalance, under the placement that it has led to."""
+    def _measure(self, window: LoadWindow, chosen: Phase | None) -> None:
+        """Imbalance of the first full window after a rebalance, under the placement that it has led to; of the phase
+        chosen now where it came before any traffic."""
         waiting, self._unmeasured = self._unmeasured, []
         for record, placement, windows in waiting:
-            phase = record.phase
+            phase = record.phase = record.phase or chosen
             if phase is None or not window.tokens[PHASES.index(phase)]:
                 self._unmeasured.append((record, placement, windows))
             elif windows:
@@ -439,7 +445,7 @@ class OnlineBalancer:
         self._orders += 1
         self._generation += 1
         # rows that the order does not name stay to the last bit, so that what results has the digest it promises
-        target = mixed(start, target, [layer for layer, _ in moves]).with_generation(self._generation)
+        target = start.with_layers([layer for layer, _ in moves], target).with_generation(self._generation)
         self._order = Order(self._orders, start, target, moves, record, then, self._clock(), resumes)
         self._outbox.append(
             self._order.message(self.settings.layers_per_step, self.settings.bytes_per_second)

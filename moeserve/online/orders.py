@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -79,15 +78,6 @@ def moves_of(plan: MigrationPlan) -> Moves:
         (layer, tuple((move.source_slot, move.target_slot) for moves in rounds for move in moves))
         for layer, rounds in plan.layers
     )
-
-
-def mixed(placement: Placement, target: Placement, layers: Sequence[int]) -> Placement:
-    """`placement` with these layers of `target`; its generation is the target's once every layer is."""
-    slots, shares = placement.slot_to_expert.copy(), placement.share.copy()
-    rows = list(layers)
-    slots[rows], shares[rows] = target.slot_to_expert[rows], target.share[rows]
-    found = Placement(slots, target.num_experts, placement.generation, shares)
-    return found.with_generation(target.generation) if found.digest == target.digest else found
 
 
 def rank_bytes(moves: Moves, topology: Topology, size: int) -> npt.NDArray[np.int64]:

@@ -152,9 +152,12 @@ def _add_orders(app: FastAPI, known: Callable[[], ExpertBalance], check_serving:
 
     @app.post("/eplb/resume", responses=ADMIN)
     async def resume() -> Response:
-        """Decide again, also after the balancer's death."""
+        """Decide again, also after the balancer's death; 409 while ranks owe an answer to an order."""
         found = online()
-        found.resume()
+        try:
+            found.resume()
+        except Busy as busy:
+            raise _conflict(busy) from None
         return _state(found)
 
 
@@ -216,6 +219,14 @@ class BalanceCollector:
                 for rank, load in zip(self._balance.rank_names, loads.tolist(), strict=True)
             },
             *("rank", "phase"),
+        )
+        yield self._gauge(
+            "lost_ranks", "Ranks that died and were gone on without.", {(): len(self._balance.lost)}
+        )
+        yield self._gauge(
+            "survives_rank_loss",
+            "1 while every expert stands on two ranks at least.",
+            {(): int(self._balance.placement.survives_rank_loss(self._balance.topology))},
         )
         yield from self._online(self._balance.online)
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+MEETINGS_AGAIN = 3
+"""Times in a row that ranks who could not meet are asked to meet again without another loss."""
+
 
 @dataclass
 class Membership:
@@ -18,6 +21,7 @@ class Membership:
     number: int = 0
     _waiting: set[int] = field(default_factory=set)
     _met: int = 0  # losses that the last meeting knew of
+    _again: int = 0
 
     def lose(self, rank: int) -> None:
         self.ranks.remove(rank)
@@ -30,8 +34,14 @@ class Membership:
             self._waiting.add(rank)
 
     def may_meet(self) -> bool:
-        """Whether all that are left wait and the reason is known; they then count as on their way."""
-        if len(self._waiting) < len(self.ranks) or len(self.lost) == self._met:
+        """Whether all that are left wait and the reason is known; they then count as on their way.
+
+        Those who wait once more without another loss have not met: one of them was late for it.
+        """
+        if len(self._waiting) < len(self.ranks) or not self.lost:
+            return False
+        self._again = self._again + 1 if len(self.lost) == self._met else 0
+        if self._again > MEETINGS_AGAIN:
             return False
         self._waiting.clear()
         self._met = len(self.lost)

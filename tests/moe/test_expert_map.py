@@ -10,7 +10,6 @@ import torch
 
 from moeserve.eplb.types import Placement, Topology
 from moeserve.moe.expert_map import ExpertMap, Routing
-from moeserve.moe.migration import placement_after
 
 TOPOLOGY = Topology(num_ranks=2, slots_per_rank=3)
 OLD = Placement(np.array([[0, 1, 2, 3, 0, 0], [3, 2, 1, 0, 1, 2]]), 4, generation=4)
@@ -84,7 +83,7 @@ def test_switching_layer_by_layer(routing: Routing) -> None:
     experts = torch.tensor([[0], [1], [2], [3]])
     expert_map.begin_step(all_valid(4))
     before = expert_map.look_up(0, experts)
-    between = placement_after(OLD, [1], NEW)
+    between = OLD.with_layers([1], NEW)
     expert_map.switch(between, {1: expert_map.view(1, between)})
     assert expert_map.generation == 4 and expert_map.digest not in (OLD.digest, NEW.digest)
     assert torch.equal(expert_map.look_up(0, experts), before)

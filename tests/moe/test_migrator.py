@@ -33,7 +33,6 @@ from moeserve.moe.migration import (
     Word,
     fingerprint,
     ordered_placement,
-    placement_after,
 )
 from moeserve.moe.migrator import Migrator
 
@@ -125,7 +124,7 @@ def test_the_generation_is_the_new_one_once_all_layers_follow(new: Placement, la
     current = OLD
     for count, layer in enumerate(layers):
         assert (current.digest == new.digest) == (current.generation == 5) or count == 0
-        current = placement_after(current, [layer], new)
+        current = current.with_layers([layer], new)
     assert current == new
     assert fingerprint(new) != fingerprint(new.with_generation(6))
 
@@ -318,7 +317,7 @@ def test_a_later_order_replaces_one_that_has_not_begun() -> None:
     migrator, expert_map, _ = start()
     migrator.offer(GOOD)
     assert migrator.step([1, 0], idle=True) == []
-    other = placement_after(OLD, [1], NEW).with_generation(5)
+    other = OLD.with_layers([1], NEW).with_generation(5)
     (result,) = [m for m in run(migrator, order_to(other, OLD, 2)) if isinstance(m, Migrated)]
     assert (result.order, result.result) == (2, "applied")
     assert expert_map.placement == other
@@ -395,7 +394,7 @@ def test_a_layer_that_fails_stays_and_a_new_order_does_the_rest(
     assert (result.result, result.layers_done, result.generation) == ("partial", 2, 4)
     assert ("not complete after" if why == "late" else f"layer 1: {why}") in result.reason
     check_contents(expert_map, weights)
-    between = placement_after(OLD, [0, 2], NEW)
+    between = OLD.with_layers([0, 2], NEW)
     assert expert_map.placement == between and result.digest == between.digest
 
     bad_layers.clear()
@@ -413,7 +412,7 @@ def test_a_rank_that_failed_goes_on_sending_until_all_know(monkeypatch: pytest.M
         return movers[-1]
 
     order = msgspec.structs.replace(order_to(NEW), layers=order_to(NEW).layers[1:2])
-    new = placement_after(OLD, [order.layers[0].layer], NEW)
+    new = OLD.with_layers([order.layers[0].layer], NEW)
     order = msgspec.structs.replace(order, generation=5, digest=new.digest)
     migrator, _, _ = start(make_mover)
     assert outcome(run(migrator, order, busy=True)).result == "failed"

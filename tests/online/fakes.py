@@ -12,7 +12,7 @@ from moeserve.eplb.service import Answer
 from moeserve.eplb.types import Placement, Topology
 from moeserve.expert_balance import ExpertBalance
 from moeserve.messages import ExpertCounts, LayersSwitched, Migrate, Migrated, decode_to_rank, encode
-from moeserve.moe.migration import ordered_placement, placement_after
+from moeserve.moe.migration import ordered_placement
 from moeserve.online.balancer import OnlineBalancer, OnlineSettings
 
 RANKS, LAYERS, EXPERTS, SLOTS = 4, 3, 16, 20
@@ -75,7 +75,7 @@ class Ranks:
         done = groups if self.fail_after is None else groups[: self.fail_after]
         said: list[LayersSwitched | Migrated] = []
         for group in done:
-            self.placement = placement_after(self.placement, group, target)
+            self.placement = self.placement.with_layers(group, target)
             said.append(LayersSwitched(0, order.order, group))
         whole = len(done) == len(groups)
         result, reason = (

@@ -253,6 +253,38 @@ def test_a_slow_rate_is_no_silence() -> None:
     assert engine.online.state == "dead"
 
 
+def test_resume_waits_for_ranks_that_owe_an_answer() -> None:
+    engine = Engine()
+    engine.ranks.silent = True
+    settle(engine, windows=3)
+    engine.now += SILENCE_SECONDS + 1
+    engine.online.tick()
+    with pytest.raises(Busy, match="no sign of life in migration 1; it goes on by itself"):
+        engine.online.resume()
+
+
+def test_one_decision_at_a_time_is_asked_for() -> None:
+    engine = Engine()
+    settle(engine)
+    engine.solver.mute = True
+    engine.online.rebalance()
+    with pytest.raises(Busy, match="is being made"):
+        engine.online.rebalance()
+    engine.solver.mute = False
+    engine.run()
+    engine.online.rebalance()
+
+
+def test_a_placement_given_before_any_traffic_is_measured_with_the_first() -> None:
+    engine = Engine()
+    plan = engine.online.plan(solve(skewed(0), TOPOLOGY))
+    engine.online.apply(plan)
+    engine.run()
+    settle(engine, windows=3)
+    record = next(r for r in engine.online.history() if r["trigger"] == "placement")
+    assert record["phase"] == "decode" and record["after"] is not None and record["after"] < 1.2
+
+
 def test_a_single_silent_rank_is_named() -> None:
     engine = Engine(routing="even")
     engine.window(skewed(0))

@@ -6,8 +6,7 @@ import numpy as np
 
 from moeserve.eplb import solve
 from moeserve.eplb.types import Placement, Topology
-from moeserve.moe.migration import placement_after
-from moeserve.online.orders import by_link, mixed, moves_of, plan_to, rank_bytes
+from moeserve.online.orders import by_link, moves_of, plan_to, rank_bytes
 from tests.online.fakes import EXPERTS, LAYERS, SLOTS, TOPOLOGY, skewed
 
 
@@ -29,14 +28,17 @@ def test_a_plan_leads_to_the_digest_that_was_given() -> None:
     there = Placement(here.slot_to_expert, EXPERTS, 5, share)
     plan = plan_to(here, there, TOPOLOGY)
     layers = [layer for layer, _ in moves_of(plan)]
-    assert mixed(here, there, layers).digest == there.digest
-    assert mixed(here, there, layers).generation == (5 if layers else here.generation)
+    assert here.with_layers(layers, there).digest == there.digest
+    assert here.with_layers(layers, there).generation == (5 if layers else here.generation)
 
 
-def test_a_mixture_is_what_the_ranks_make_of_it() -> None:
+def test_a_mixture_has_the_new_generation_once_it_is_whole() -> None:
     here = Placement.identity(LAYERS, EXPERTS, SLOTS)
     there = solve(skewed(0), TOPOLOGY).with_generation(9)
     for layers in ([], [1], [2, 0], [0, 1, 2]):
-        ours = mixed(here, there, layers)
-        assert ours == placement_after(here, layers, there)
-        assert ours.generation == (9 if len(layers) == LAYERS else 0)
+        mixed = here.with_layers(layers, there)
+        for layer in range(LAYERS):
+            of = there if layer in layers else here
+            assert np.array_equal(mixed.slot_to_expert[layer], of.slot_to_expert[layer])
+            assert np.array_equal(mixed.share[layer], of.share[layer])
+        assert mixed.generation == (9 if len(layers) == LAYERS else 0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moeserve.server.membership import Membership
+from moeserve.server.membership import MEETINGS_AGAIN, Membership
 
 
 def test_they_meet_once_all_that_are_left_wait_and_the_loss_is_known() -> None:
@@ -51,6 +51,21 @@ def test_a_lost_rank_is_not_waited_for_and_does_not_count() -> None:
     assert not members.may_meet()
     members.leave(0)
     assert members.may_meet() and members.ranks == [0, 3]
+
+
+def test_ranks_that_could_not_meet_may_try_again_but_not_for_ever() -> None:
+    members = Membership([0, 1, 2])
+    members.lose(2)
+    for number in range(1, 2 + MEETINGS_AGAIN):
+        members.leave(0)
+        assert not members.may_meet(), "rank 1 may have met nobody yet"
+        members.leave(1)
+        assert members.may_meet() and members.number == number
+    members.leave(0)
+    members.leave(1)
+    assert not members.may_meet()
+    members.lose(1)
+    assert members.may_meet(), "another loss, another reason"
 
 
 def test_nobody_meets_without_a_loss() -> None:

@@ -117,6 +117,8 @@ tests:
   - {series: 'moeserve_eplb_placement_generation{model_name="m",rank="1"}', values: '3x10 2x20'}
   - {series: 'moeserve_eplb_rebalances_total{model_name="m",trigger="periodic",result="failed"}', values: '0x9 1x20'}
   - {series: 'moeserve_eplb_stall_seconds_total{model_name="m"}', values: '0+3x30'}
+  - {series: 'moeserve_eplb_lost_ranks{model_name="m"}', values: '0x5 1x10 2x15'}
+  - {series: 'moeserve_eplb_survives_rank_loss{model_name="m"}', values: '1x5 1x10 0x15'}
   alert_rule_test:
   - {eval_time: 5m, alertname: MoeserveExpertsImbalanced, exp_alerts: []}
   - eval_time: 15m
@@ -128,6 +130,14 @@ tests:
   - {eval_time: 9m, alertname: MoeservePlacementsDiffer, exp_alerts: []}
   - eval_time: 20m
     alertname: MoeservePlacementsDiffer
+    exp_alerts: [{exp_labels: {model_name: m, severity: critical}}]
+  - {eval_time: 4m, alertname: MoeserveRankLost, exp_alerts: []}
+  - eval_time: 10m
+    alertname: MoeserveRankLost
+    exp_alerts: [{exp_labels: {model_name: m, severity: warning}}]
+  - {eval_time: 10m, alertname: MoeserveNextLossEndsServing, exp_alerts: []}
+  - eval_time: 20m
+    alertname: MoeserveNextLossEndsServing
     exp_alerts: [{exp_labels: {model_name: m, severity: critical}}]
   - eval_time: 15m
     alertname: MoeserveRebalanceFailed
