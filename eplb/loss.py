@@ -26,7 +26,8 @@ def without_rank(placement: Placement, topology: Topology, rank: int) -> tuple[P
     for layer, row in enumerate(slots):
         missing = np.flatnonzero(np.bincount(row, minlength=experts) == 0)
         if len(missing):
-            raise ValueError(f"expert {int(missing[0])} of layer {layer} has no slot on another rank")
+            which = f"expert {int(missing[0])} of MoE layer {layer}, counted from 0,"
+            raise ValueError(f"{which} has no slot on another rank")
     share = np.delete(placement.share, lost, axis=1)
     rows = np.arange(len(slots))[:, None]
 
