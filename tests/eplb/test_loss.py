@@ -28,7 +28,9 @@ def test_the_others_take_over_in_proportion() -> None:
 def test_an_expert_on_the_lost_rank_alone_is_named() -> None:
     placement = Placement(np.array([[0, 1, 0, 2, 0, 1]]), 3)
     assert without_rank(placement, TOPOLOGY, 2)[0].num_slots == 4
-    with pytest.raises(ValueError, match="expert 2 of MoE layer 0, counted from 0, has no slot on another rank"):
+    with pytest.raises(
+        ValueError, match="expert 2 of MoE layer 0, counted from 0, has no slot on another rank"
+    ):
         without_rank(placement, TOPOLOGY, 1)
     with pytest.raises(ValueError, match="rank = 3"):
         without_rank(placement, TOPOLOGY, 3)
