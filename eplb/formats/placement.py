@@ -187,6 +187,7 @@ def _fractions(rows: list[list[Any]]) -> Floats:
 
 def _expect(name: str, found: object, wanted: object) -> None:
     if wanted is not None and found != wanted:
+        flag = f" with --{name.replace('_', '-')} {wanted}" if name in ("ep_size", "num_slots") else ""
         raise ValueError(
-            f"the placement was made for {name} = {found}, the engine has {wanted}; solve again for it"
+            f"the placement was made for {name} = {found}, the engine has {wanted}; solve again{flag}"
         )
