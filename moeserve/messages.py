@@ -270,10 +270,9 @@ class Migrated(msgspec.Struct, frozen=True, tag="migrated"):
 
 
 class RankLeft(msgspec.Struct, frozen=True, tag="left"):
-    """The rank found another gone, has left the group of this membership and waits for Rejoin."""
+    """The rank found another gone, has left their group and waits for Rejoin."""
 
     rank: int
-    membership: int
 
 
 class Rejoined(msgspec.Struct, frozen=True, tag="rejoined"):

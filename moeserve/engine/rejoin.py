@@ -57,7 +57,7 @@ class Survival:
         while True:
             rank.runner.mesh.leave()
             comm_mesh.stop()
-            rank.mail.send(RankLeft(rank.rank, self.membership))
+            rank.mail.send(RankLeft(rank.rank))
             order = self._await_order(rank, loss)
             self.membership = order.membership
             try:

@@ -99,9 +99,9 @@ def submit(engine: Engine, count: int) -> list[str]:
     return [generation.sequences[0].name for generation in generations]
 
 
-def meet(engine: Engine, number: int, ranks: Sequence[int]) -> list[tuple[int, Rejoin]]:
+def meet(engine: Engine, ranks: Sequence[int]) -> list[tuple[int, Rejoin]]:
     for rank in ranks:
-        engine.frontend.handle(rank, RankLeft(rank, number))
+        engine.frontend.handle(rank, RankLeft(rank))
     return [(rank, message) for rank, message in engine.sent() if isinstance(message, Rejoin)]
 
 
@@ -128,7 +128,7 @@ def test_the_others_meet_and_go_on(tokenizer: Tokenizer) -> None:
         assert frontend.readiness() == (True, "degraded", "lost ranks [0]: 3 of 4 serve")
         assert 0 not in frontend.heartbeat_ages()
 
-        told = meet(engine, 0, (1, 2, 3))
+        told = meet(engine, (1, 2, 3))
         assert [rank for rank, _ in told] == [1, 2, 3]
         assert told[0][1] == Rejoin(1, [1, 2, 3], [0], "127.0.0.1", 1234)
         left, topology = without_rank(SAFE, Topology.of(4, 8), 0)
@@ -148,10 +148,10 @@ def test_a_second_loss_shrinks_again_as_long_as_every_expert_lives(tokenizer: To
         engine = Engine(tokenizer)
         engine.ready()
         engine.fail(0)
-        first = meet(engine, 0, (1, 2, 3))
+        first = meet(engine, (1, 2, 3))
         engine.fail(3)  # before they had met
         assert {(*message.ranks, *message.lost) for _, message in first} == {(1, 2, 3, 0)}
-        told = meet(engine, 1, (1, 2))
+        told = meet(engine, (1, 2))
         assert [(rank, message.lost) for rank, message in told] == [(1, [0, 3]), (2, [0, 3])]
         left = without_rank(SAFE, Topology.of(4, 8), 0)
         left = without_rank(*left, 2)
@@ -201,7 +201,7 @@ def test_nothing_is_ordered_between_a_loss_and_the_meeting(tokenizer: Tokenizer)
         engine.fail(0)
         engine.sent()
         assert not await ordered()
-        meet(engine, 0, (1, 2, 3))
+        meet(engine, (1, 2, 3))
         assert not await ordered()
         stale = online.orders
         engine.rejoined(1, 1, without_rank(SAFE, Topology.of(4, 8), 0)[0])
@@ -226,7 +226,7 @@ def test_counts_by_the_old_slots_and_by_the_new_do_not_mix(tokenizer: Tokenizer)
             report(rank, 8)
         before = engine.balance.rank_tokens()
         engine.fail(1)
-        meet(engine, 0, (0, 2, 3))
+        meet(engine, (0, 2, 3))
         left, _ = without_rank(SAFE, Topology.of(4, 8), 1)
         engine.rejoined(0, 1, left)
         assert np.array_equal(engine.balance.rank_tokens(), np.delete(before, 1, axis=1))
@@ -259,7 +259,7 @@ def test_ranks_that_follow_another_placement_end_it(tokenizer: Tokenizer) -> Non
         engine = Engine(tokenizer)
         engine.ready()
         engine.fail(0)
-        meet(engine, 0, (1, 2, 3))
+        meet(engine, (1, 2, 3))
         left, _ = without_rank(SAFE, Topology.of(4, 8), 0)
         engine.rejoined(1, 1, left)
         engine.rejoined(2, 1, Placement(np.roll(left.slot_to_expert, 1), 4, left.generation))
